@@ -1,0 +1,61 @@
+"""fastbn: batch normalisation on CPUs at the speed of memory, exact, and the same to the last bit on every machine.
+
+Architecture
+------------
+Arrows go down only; a test reads the imports and enforces it::
+
+    cli        nn        interop                  the shell, networks, other libraries
+     │         │            │
+     └────┬────┴────────────┘
+          ▼
+    layer   fold   optim   preprocessing          state, models, optimizers
+       │      │      │        │
+       └──────┴──┬───┴────────┘
+                 ▼
+        norm        threads                       functions on arrays, the thread budget
+                 │
+                 ▼
+    _core: check · layout · dispatch · caches     arguments, canonical views, instruction sets
+                 │
+                 ▼
+    _core: kernels.pyx · optim_kernels.pyx        threads and blocks, without the GIL, once per instruction set
+                 │
+                 ▼
+    _core: span.h · optim_span.h                  serial loops over contiguous memory, once per dtype
+
+Every public function is four hops, visible in its body: `check` raises or nobody does, `layout` finds the smallest
+canonical problem, a kernel splits it into blocks that the shape alone fixes, a span loops over memory.
+"""
+
+from . import nn
+from ._version import __version__
+from .config import show_config
+from .fold import BatchNormParams, fold_conv, fold_into_conv, fold_into_linear, fold_linear, to_affine
+from .layer import BatchNorm
+from .norm import Gradients, Moments, Saved, batch_norm_backward, batch_norm_infer, batch_norm_train
+from .preprocessing import Standardizer
+from .threads import get_num_threads, num_threads, set_num_threads
+
+__all__ = [
+    "BatchNorm",
+    "BatchNormParams",
+    "Gradients",
+    "Moments",
+    "Saved",
+    "Standardizer",
+    "__version__",
+    "batch_norm_backward",
+    "batch_norm_infer",
+    "batch_norm_train",
+    "fold_conv",
+    "fold_into_conv",
+    "fold_into_linear",
+    "fold_linear",
+    "get_num_threads",
+    "nn",
+    "num_threads",
+    "optim",
+    "set_num_threads",
+    "show_config",
+    "to_affine",
+]

@@ -1,0 +1,213 @@
+"""The only place that raises on arrays. Every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_NATIVE = frozenset((FLOAT32, FLOAT64))  # asked first: a dtype's name is slow to read
+_KERNELS = ("float16", "bfloat16", "float32", "float64")  # dtypes that have kernels
+_EXPECTED = "an array of float16, bfloat16, float32, float64 or integers"
+
+
+def is_half(dtype: np.dtype) -> bool:
+    """Say whether this is float16 or ml_dtypes' bfloat16 (known by name: ml_dtypes need not be installed)."""
+    return dtype.itemsize == 2 and dtype.name in _KERNELS
+
+
+def real(dtype: np.dtype) -> np.dtype:
+    """Return the dtype of parameters and statistics beside data of `dtype`: float32 at the least."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def view(name: str, value: Any) -> np.ndarray:
+    """Return `value` as an ndarray that shares its memory where it can: ndarray, ``__array__``, ``__dlpack__``, list."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected {_EXPECTED}, got a masked array, whose mask would be ignored")
+    try:
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except Exception as error:
+        raise TypeError(f"{name}: expected {_EXPECTED}, got {type(value).__name__} ({error})") from error
+
+
+def array(name: str, value: Any) -> np.ndarray:
+    """Return data the kernels read: a supported dtype in native byte order, aligned; integers become float64."""
+    x = value if type(value) is np.ndarray else view(name, value)
+    dtype = x.dtype
+    if dtype in _NATIVE and dtype.isnative:
+        return x if x.flags.aligned else x.copy()
+    if dtype.kind in "iub":
+        return x.astype(np.float64)
+    if dtype.name not in _KERNELS:
+        raise TypeError(f"{name}: expected {_EXPECTED}, got dtype {dtype}")
+    if not dtype.isnative:
+        return x.astype(dtype.newbyteorder("="))
+    return x if x.flags.aligned else x.copy()
+
+
+def axis(value: Any, ndim: int) -> int:
+    """Return the channel axis counted from the front; the array has 2 or more dimensions."""
+    if ndim < 2:
+        raise ValueError(f"x: expected 2 or more dimensions, got {ndim}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"axis: expected an integer, got {value!r}") from None
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis: expected -{ndim} to {ndim - 1} for an array of {ndim} dimensions, got {number}")
+    return number % ndim
+
+
+def channels(name: str, value: Any, c: int) -> np.ndarray | None:
+    """Return a vector of one real number per channel as contiguous float64; None stays None."""
+    if value is None:
+        return None
+    v = value if type(value) is np.ndarray else view(name, value)
+    if v.dtype.kind not in "fiub" and v.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: expected real numbers, got dtype {v.dtype}")
+    if v.shape != (c,):
+        raise ValueError(f"{name}: expected shape ({c},), got {v.shape}")
+    return v.astype(np.float64, order="C")  # a copy: gamma may change before the backward pass
+
+
+def given_channels(name: str, value: Any, c: int) -> np.ndarray:
+    """Return :func:`channels` of a vector that may not be missing."""
+    v = channels(name, value, c)
+    if v is None:
+        raise TypeError(f"{name}: expected shape ({c},), got None")
+    return v
+
+
+def like(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an input that has to match another: same shape, same dtype."""
+    v = array(name, value)
+    if v.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {v.shape}")
+    if v.dtype != dtype:
+        raise ValueError(f"{name}: expected dtype {dtype}, got {v.dtype}")
+    return v
+
+
+def _overlaps_itself(a: np.ndarray) -> bool:
+    """Say whether two elements of an array may share memory (exactly so for every array a slice or transpose makes)."""
+    reach = 0
+    for stride, length in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < reach + a.itemsize:
+            return True
+        reach += stride * (length - 1)
+    return False
+
+
+def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Say whether two arrays of one shape and dtype are the very same elements in the same order."""
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides)
+
+
+def output(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype, may_be: tuple[str, np.ndarray], apart: tuple[str, np.ndarray | None]
+) -> np.ndarray:
+    """Return `out` if results can be written there: it may be exactly one input, and may not touch the other."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise ValueError(f"out: expected dtype {dtype}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writable array, got a read-only one")
+    if not out.flags.c_contiguous and _overlaps_itself(out):
+        raise ValueError(f"out: expected elements that share no memory, got strides {out.strides} for shape {shape}")
+    name, same = may_be
+    if not same_memory(out, same) and shares_memory(out, same):
+        raise ValueError(f"out: expected {name} itself or memory apart from it, got an array that overlaps {name} in part")
+    name, other = apart
+    if other is not None and shares_memory(out, other):
+        raise ValueError(f"out: expected memory apart from {name}, got an array that overlaps {name}")
+    return out
+
+
+def shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Say whether two arrays share an element; where that is too hard to find out, assume so."""
+    try:
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def number(name: str, value: Any, expected: str, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """Return a finite real number in [low, high], or (low, high]."""
+    if isinstance(value, (bool, str, bytes)) or isinstance(value, complex):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    if not (low < x if open_low else low <= x) or not x <= high or math.isinf(x):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return x
+
+
+def count(name: str, value: Any, low: int | None = 1) -> int:
+    """Return an integer, of `low` or more unless that is None."""
+    expected = "an integer" if low is None else f"an integer of {low} or more"
+    try:
+        x = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    if isinstance(value, bool) or (low is not None and x < low):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return x
+
+
+def parameter_dtype(name: str, value: Any) -> np.dtype:
+    """Return the dtype of parameters for data of a dtype: float32 at the least."""
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value!r}") from None
+    if dtype.name not in _KERNELS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
+    return real(dtype)
+
+
+def training_eps(value: Any) -> float:
+    """Return eps of a call that divides by batch statistics."""
+    return number("eps", value, "a finite number above 0", 0.0, open_low=True)
+
+
+def inference_eps(value: Any) -> float:
+    """Return eps of a call with given statistics."""
+    return number("eps", value, "a finite number of 0 or more", 0.0)
+
+
+def choice(name: str, value: Any, names: Sequence[Any]) -> Any:
+    """Return `value` if it is one of `names`."""
+    if isinstance(value, (str, type(None))) and value in names:
+        return value
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+def activation(value: Any) -> bool:
+    """Say whether a call ends with ReLU."""
+    return value is not None and choice("activation", value, (None, "relu")) == "relu"
+
+
+def positive_variance(var: np.ndarray, eps: float) -> None:
+    """Refuse a channel without a standard deviation; NaN passes, and stays in its channel."""
+    bad = var + eps <= 0
+    if bad.any():
+        channel = int(bad.argmax())
+        raise ValueError(f"var: expected var + eps > 0, got {var[channel]!r} + {eps!r} in channel {channel}")
+
+
+def enough_values(count: int, shape: tuple[int, ...]) -> None:
+    """Refuse training statistics of a single value."""
+    if count < 2:
+        raise ValueError(f"x: expected 2 or more values per channel in training, got {count} (shape {shape})")

@@ -1,0 +1,457 @@
+/* Serial loops over spans of memory: no Python, no threads, no allocation.
+ *
+ * Included by spans.h once per dtype, with
+ *   T        type in memory                        SUFFIX   ends every name
+ *   R        type of the arithmetic                TO_REAL   vector of T -> vector of R, TO_MEMORY back
+ *   RINT, RBITS  signed and unsigned integer of R's size
+ *   WIDEN    vector of R -> vector of float64      SHIFT_LIMIT (see moments_ncs)
+ * Statistics and reductions are summed in float64, element-wise results are computed in R.
+ * A span along one channel (layout ncs) has one set of parameters; a span across channels (layout rc) has one
+ * per element: `varying` says which, and is a constant wherever it is used, as `relu`, `stream` … are.
+ *
+ * Parameters of a channel stand `pitch` elements apart (see enum parameter).
+ */
+#define JOIN_(name, suffix) name##_##suffix
+#define JOIN(name, suffix) JOIN_(name, suffix)
+#define FN(name) JOIN(name, SUFFIX)
+
+typedef R FN(vreal) __attribute__((vector_size(VECTOR_BYTES)));
+typedef RINT FN(vmask) __attribute__((vector_size(VECTOR_BYTES)));
+typedef R FN(vpart) __attribute__((vector_size(WIDE * sizeof(R)))); /* as many values as a float64 register */
+typedef RINT FN(vpartmask) __attribute__((vector_size(WIDE * sizeof(R))));
+typedef RBITS FN(vbits) __attribute__((vector_size(VECTOR_BYTES)));
+typedef RBITS FN(vpartbits) __attribute__((vector_size(WIDE * sizeof(R))));
+typedef T FN(vmem) __attribute__((vector_size(VECTOR_BYTES / sizeof(R) * sizeof(T))));
+typedef T FN(vpartmem) __attribute__((vector_size(WIDE * sizeof(T))));
+#define VREAL FN(vreal)
+#define VPART FN(vpart)
+#define W ((ptrdiff_t)(VECTOR_BYTES / sizeof(R)))
+
+INLINE VREAL FN(load)(const T *p) {
+    FN(vmem) v;
+    memcpy(&v, p, sizeof v);
+    return TO_REAL(v, VREAL, FN(vbits));
+}
+INLINE VPART FN(load_part)(const T *p) {
+    FN(vpartmem) v;
+    memcpy(&v, p, sizeof v);
+    return TO_REAL(v, VPART, FN(vpartbits));
+}
+INLINE void FN(store)(T *p, VREAL v, const int stream) {
+    const FN(vmem) m = TO_MEMORY(v, FN(vmem), VREAL, FN(vbits));
+    if (stream) stream_bytes(p, &m, sizeof m);
+    else memcpy(p, &m, sizeof m);
+}
+INLINE double FN(first)(const T *p) { /* one value, by the same conversion as all the others */
+    T b[WIDE] = {0};
+    b[0] = p[0];
+    return WIDEN(FN(load_part)(b))[0];
+}
+INLINE VREAL FN(parameter)(const R *p, ptrdiff_t i, const int varying) {
+    VREAL v;
+    if (!varying) return p[0] - (VREAL){0};
+    memcpy(&v, p + i, sizeof v);
+    return v;
+}
+INLINE VPART FN(parameter_part)(const R *p, ptrdiff_t i, const int varying) {
+    VPART v;
+    if (!varying) return p[0] - (VPART){0};
+    memcpy(&v, p + i, sizeof v);
+    return v;
+}
+
+/* The last r = len % LANES values of a row as LANES values ending with them (what comes before is masked away). */
+INLINE const T *FN(tail)(const T *row, ptrdiff_t len, ptrdiff_t r, T *buffer) {
+    if (len >= LANES) return row + len - LANES;
+    memset(buffer, 0, (LANES - r) * sizeof(T));
+    memcpy(buffer + LANES - r, row, r * sizeof(T));
+    return buffer;
+}
+
+/* ---- parameters ------------------------------------------------------------------------------------------ */
+
+/* y = ((x - hi) - lo)·scale + shift. The mean in two floats: x - hi is exact near the mean, so |mean| ≫ std is free. */
+static void FN(prepare)(ptrdiff_t c, const double *mean, const double *rstd, const double *gamma, const double *beta,
+                        const double *dbeta_mean, const double *dgamma_mean, void *parameters, ptrdiff_t pitch) {
+    R *p = (R *)parameters;
+    for (ptrdiff_t i = 0; i < c; i++) {
+        const R hi = (R)mean[i];
+        p[HI * pitch + i] = hi;
+        p[LO * pitch + i] = hi - hi == 0 ? (R)(mean[i] - (double)hi) : 0; /* infinite mean: no NaN for finite x */
+        p[RSTD * pitch + i] = (R)rstd[i];
+    }
+    for (ptrdiff_t i = 0; i < c; i++) p[SCALE * pitch + i] = (R)(gamma ? gamma[i] * rstd[i] : rstd[i]);
+    for (ptrdiff_t i = 0; i < c; i++) p[SHIFT * pitch + i] = beta ? (R)beta[i] : 0;
+    for (ptrdiff_t i = 0; i < c; i++) p[DBETA_MEAN * pitch + i] = dbeta_mean ? (R)dbeta_mean[i] : 0;
+    for (ptrdiff_t i = 0; i < c; i++) p[DGAMMA_MEAN * pitch + i] = dgamma_mean ? (R)dgamma_mean[i] : 0;
+}
+
+/* Repeat the first `filled` entries of every parameter up to `total` (a row of k·c elements, and padding). */
+static void FN(repeat)(void *parameters, ptrdiff_t pitch, ptrdiff_t filled, ptrdiff_t total) {
+    for (int which = 0; which < PARAMETERS; which++) {
+        R *p = (R *)parameters + which * pitch;
+        for (ptrdiff_t i = filled; i < total; i++) p[i] = p[i - filled];
+    }
+}
+
+/* ---- statistics ------------------------------------------------------------------------------------------ */
+
+/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows. */
+INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, double K, double *sums) {
+    vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
+    const vdouble k = splat_wide(K);
+    const ptrdiff_t r = len % LANES;
+    T buffer[LANES];
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const T *p = (const T *)(x + row * stride);
+        for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
+#pragma GCC unroll 8
+            for (int q = 0; q < PARTS; q++) {
+                const vdouble d = WIDEN(FN(load_part)(p + i + q * WIDE)) - k;
+                s1[q] += d;
+                s2[q] += d * d;
+            }
+        }
+        if (r) {
+            const T *t = FN(tail)(p, len, r, buffer);
+#pragma GCC unroll 8
+            for (int q = 0; q < PARTS; q++) {
+                const vdouble d = keep_last(WIDEN(FN(load_part)(t + q * WIDE)) - k, KEEP + r + q * WIDE);
+                s1[q] += d;
+                s2[q] += d * d;
+            }
+        }
+    }
+    sums[0] = sum_lanes(s1);
+    sums[1] = sum_lanes(s2);
+}
+
+/* Mean and M2 = Σ(x - mean)² of one block of one channel: one pass shifted by the block's first value K.
+ * The error grows with (K - mean)²/var; where that is large (an outlier as K), a second pass shifts by the mean. */
+static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, double *mean, double *m2) {
+    const double count = (double)rows * (double)len;
+    double K = FN(first)((const T *)x), sums[2];
+    for (int pass = 0; pass < 2; pass++) {
+        FN(shifted_sums)(x, rows, stride, len, K, sums);
+        const double lost = sums[0] * (sums[0] / count);
+        *mean = K + sums[0] / count;
+        *m2 = sums[1] < lost ? 0 : sums[1] - lost;
+        if (!(lost > SHIFT_LIMIT * *m2)) return;
+        K = *mean;
+    }
+}
+
+/* s1 += x - K, s2 += (x - K)² down `rows` rows for each of `width` columns; group = rows that share one load of s. */
+INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const double *K, double *s1, double *s2,
+                         const int group) {
+    for (ptrdiff_t j = 0; j < width; j += WIDE) {
+        const vdouble k = load_wide(K + j);
+        vdouble a = load_wide(s1 + j), b = load_wide(s2 + j);
+        const int whole = j + WIDE <= width;
+#pragma GCC unroll 8
+        for (int g = 0; g < group; g++) {
+            const T *p = (const T *)(x + g * stride) + j;
+            T buffer[WIDE] = {0};
+            if (!whole) {
+                memcpy(buffer, p, (width - j) * sizeof(T));
+                p = buffer;
+            }
+            const vdouble d = WIDEN(FN(load_part)(p)) - k;
+            a += d;
+            b += d * d;
+        }
+        store_columns(s1 + j, a, width - j);
+        store_columns(s2 + j, b, width - j);
+    }
+}
+
+static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, const double *K,
+                            double *s1, double *s2) {
+    ptrdiff_t i = 0;
+    for (; i + ROW_GROUP <= rows; i += ROW_GROUP) FN(add_rows)(x + i * stride, stride, width, K, s1, s2, ROW_GROUP);
+    for (; i < rows; i++) FN(add_rows)(x + i * stride, stride, width, K, s1, s2, 1);
+}
+
+/* Mean and M2 of each column of a block of rows; k rows side by side make one row of k·c columns.
+ * work: 3 arrays of `pitch` ≥ k·c rounded up to LANES. */
+static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, ptrdiff_t k, double *work,
+                           ptrdiff_t pitch, double *mean, double *m2) {
+    double *K = work, *s1 = work + pitch, *s2 = s1 + pitch;
+    const double count = (double)rows;
+    const int together = stride == c * (ptrdiff_t)sizeof(T);
+    int again = 0;
+    for (ptrdiff_t j = 0; j < c; j++) K[j] = FN(first)((const T *)x + j);
+    for (int pass = 0; pass < 2; pass++) {
+        for (ptrdiff_t j = c; j < pitch; j++) K[j] = K[j - c];
+        memset(s1, 0, 2 * pitch * sizeof(double));
+        const ptrdiff_t whole = rows / k, left = rows % k;
+        for (ptrdiff_t q = 0; q < (together ? 1 : k); q++)
+            FN(column_sums)(x + q * stride, whole, k * stride, together ? k * c : c, K + q * c, s1 + q * c, s2 + q * c);
+        for (ptrdiff_t q = 0; q < left; q++)
+            FN(column_sums)(x + (whole * k + q) * stride, 1, stride, c, K + q * c, s1 + q * c, s2 + q * c);
+        for (ptrdiff_t j = 0; j < c; j++) {
+            double sum = s1[j], square = s2[j];
+            for (ptrdiff_t q = 1; q < k; q++) sum += s1[j + q * c], square += s2[j + q * c];
+            const double lost = sum * (sum / count);
+            if (pass == 1 && !(m2[j] < 0)) continue; /* this column was well shifted already */
+            mean[j] = K[j] + sum / count;
+            m2[j] = square < lost ? 0 : square - lost;
+            if (pass == 0 && lost > SHIFT_LIMIT * m2[j]) {
+                m2[j] = -1; /* marks the column for the second pass */
+                again = 1;
+            }
+        }
+        if (!again) return;
+        memcpy(K, mean, c * sizeof(double));
+    }
+}
+
+/* ---- forward --------------------------------------------------------------------------------------------- */
+
+INLINE VREAL FN(affine)(VREAL x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
+    const VREAL d = (x - FN(parameter)(p + HI * pitch, i, varying)) - FN(parameter)(p + LO * pitch, i, varying);
+    return d * FN(parameter)(p + SCALE * pitch, i, varying) + FN(parameter)(p + SHIFT * pitch, i, varying);
+}
+
+INLINE VREAL FN(rectify)(VREAL z) { return (VREAL)((FN(vmask))z & ~(z <= (VREAL){0})); } /* NaN stays NaN */
+
+/* One vector of y = act(affine(x) + residual) */
+INLINE VREAL FN(output)(const T *x, const T *residual, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying,
+                        const int relu) {
+    VREAL z = FN(affine)(FN(load)(x + i), p, pitch, i, varying);
+    if (residual) z += FN(load)(residual + i);
+    return relu ? FN(rectify)(z) : z;
+}
+
+/* A span of the forward pass. The last vector overlaps the one before instead of a loop over single elements; it is
+ * computed before anything is stored, so y may be x. `ahead`: bytes to what is wanted next, fetched meanwhile. */
+INLINE void FN(normalize_body)(const T *x, const T *residual, T *y, ptrdiff_t n, const R *p, ptrdiff_t pitch,
+                               ptrdiff_t ahead, const int varying, const int relu, const int stream) {
+    if (n < W) {
+        T bx[VECTOR_BYTES] = {0}, br[VECTOR_BYTES] = {0};
+        memcpy(bx, x, n * sizeof(T));
+        if (residual) memcpy(br, residual, n * sizeof(T));
+        FN(store)(bx, FN(output)(bx, residual ? br : NULL, p, pitch, 0, varying, relu), 0);
+        memcpy(y, bx, n * sizeof(T));
+        return;
+    }
+    ptrdiff_t i = 0;
+    if (stream && (uintptr_t)y % LINE) {
+        FN(store)(y, FN(output)(x, residual, p, pitch, 0, varying, relu), 0);
+        i = (ptrdiff_t)((LINE - (uintptr_t)y % LINE) / sizeof(T)) % W;
+    }
+    const ptrdiff_t end = n - (n - i) % W;
+    VREAL last = {0};
+    if (end < n) last = FN(output)(x, residual, p, pitch, n - W, varying, relu);
+    for (; i < end; i += W) {
+        if (ahead) __builtin_prefetch((const char *)(x + i) + ahead, 0, 2);
+        FN(store)(y + i, FN(output)(x, residual, p, pitch, i, varying, relu), stream);
+    }
+    if (end < n) FN(store)(y + n - W, last, 0);
+}
+
+static void FN(normalize)(const char *x, const char *residual, char *y, ptrdiff_t n, const void *p, ptrdiff_t pitch,
+                          ptrdiff_t ahead, int varying, int relu, int stream) {
+    const T *xt = (const T *)x, *rt = (const T *)residual;
+    T *yt = (T *)y;
+#define CASE(V, A, S) \
+    if (varying == V && relu == A && stream == S) { \
+        if (rt) FN(normalize_body)(xt, rt, yt, n, (const R *)p, pitch, ahead, V, A, S); \
+        else FN(normalize_body)(xt, NULL, yt, n, (const R *)p, pitch, ahead, V, A, S); \
+    }
+    CASE(0, 0, 0) CASE(0, 0, 1) CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 0, 1) CASE(1, 1, 0) CASE(1, 1, 1)
+#undef CASE
+}
+
+/* ---- backward -------------------------------------------------------------------------------------------- */
+
+/* dy where the forward's y > 0: the sign is computed again, by the forward's own arithmetic */
+INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
+    const VPART d = (x - FN(parameter_part)(p + HI * pitch, i, varying)) -
+                    FN(parameter_part)(p + LO * pitch, i, varying);
+    const VPART z = d * FN(parameter_part)(p + SCALE * pitch, i, varying) +
+                    FN(parameter_part)(p + SHIFT * pitch, i, varying);
+    return (VPART)((FN(vpartmask))dy & ~(z <= (VPART){0}));
+}
+
+/* Σdy and Σdy·(x - mean) over rows of one channel */
+INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
+                                ptrdiff_t len, double mean, const R *p, double *sums, const int relu) {
+    vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
+    const vdouble m = splat_wide(mean);
+    const ptrdiff_t r = len % LANES;
+    T buffer_x[LANES], buffer_dy[LANES];
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const T *px = (const T *)(x + row * x_stride), *pd = (const T *)(dy + row * dy_stride);
+        for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
+#pragma GCC unroll 8
+            for (int q = 0; q < PARTS; q++) {
+                const VPART xp = FN(load_part)(px + i + q * WIDE);
+                VPART g = FN(load_part)(pd + i + q * WIDE);
+                if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
+                const vdouble d = WIDEN(g);
+                s1[q] += d;
+                s2[q] += d * (WIDEN(xp) - m);
+            }
+        }
+        if (r) {
+            const T *tx = FN(tail)(px, len, r, buffer_x), *td = FN(tail)(pd, len, r, buffer_dy);
+#pragma GCC unroll 8
+            for (int q = 0; q < PARTS; q++) {
+                const int64_t *mask = KEEP + r + q * WIDE;
+                const VPART xp = FN(load_part)(tx + q * WIDE);
+                VPART g = FN(load_part)(td + q * WIDE);
+                if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
+                const vdouble d = WIDEN(g);
+                s1[q] += keep_last(d, mask);
+                s2[q] += keep_last(d * (WIDEN(xp) - m), mask);
+            }
+        }
+    }
+    sums[0] = sum_lanes(s1);
+    sums[1] = sum_lanes(s2);
+}
+
+static void FN(reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
+                           ptrdiff_t len, double mean, const void *p, double *sums, int relu) {
+    if (relu) FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, mean, (const R *)p, sums, 1);
+    else FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, mean, (const R *)p, sums, 0);
+}
+
+/* s1 += dy, s2 += dy·(x - mean) down a group of rows for each of `width` columns */
+INLINE void FN(reduce_rows)(const char *dy, const char *x, ptrdiff_t dy_stride, ptrdiff_t x_stride, ptrdiff_t width,
+                            const double *mean, const R *p, ptrdiff_t pitch, double *s1, double *s2, const int group,
+                            const int relu) {
+    for (ptrdiff_t j = 0; j < width; j += WIDE) {
+        const vdouble m = load_wide(mean + j);
+        vdouble a = load_wide(s1 + j), b = load_wide(s2 + j);
+        const int whole = j + WIDE <= width;
+#pragma GCC unroll 8
+        for (int g = 0; g < group; g++) {
+            const T *px = (const T *)(x + g * x_stride) + j, *pd = (const T *)(dy + g * dy_stride) + j;
+            T bx[WIDE] = {0}, bd[WIDE] = {0};
+            if (!whole) {
+                memcpy(bx, px, (width - j) * sizeof(T)), px = bx;
+                memcpy(bd, pd, (width - j) * sizeof(T)), pd = bd;
+            }
+            const VPART xp = FN(load_part)(px);
+            VPART gradient = FN(load_part)(pd);
+            if (relu) gradient = FN(masked_part)(gradient, xp, p, pitch, j, 1);
+            const vdouble d = WIDEN(gradient);
+            a += d;
+            b += d * (WIDEN(xp) - m);
+        }
+        store_columns(s1 + j, a, width - j);
+        store_columns(s2 + j, b, width - j);
+    }
+}
+
+static void FN(reduce_columns)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
+                               ptrdiff_t width, const double *mean, const R *p, ptrdiff_t pitch, double *s1,
+                               double *s2, int relu) {
+    ptrdiff_t i = 0;
+#define ROWS(GROUP, RELU) FN(reduce_rows)(dy + i * dy_stride, x + i * x_stride, dy_stride, x_stride, width, mean, p, \
+                                          pitch, s1, s2, GROUP, RELU)
+    for (; i + ROW_GROUP <= rows; i += ROW_GROUP) { if (relu) ROWS(ROW_GROUP, 1); else ROWS(ROW_GROUP, 0); }
+    for (; i < rows; i++) { if (relu) ROWS(1, 1); else ROWS(1, 0); }
+#undef ROWS
+}
+
+/* Σdy and Σdy·(x - mean) of each column of a block of rows. work: 3 arrays of `wide` ≥ k·c rounded up to LANES. */
+static void FN(reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
+                          ptrdiff_t c, ptrdiff_t k, const double *mean, const void *parameters, ptrdiff_t pitch,
+                          double *work, ptrdiff_t wide, double *sum, double *product, int relu) {
+    double *m = work, *s1 = work + wide, *s2 = s1 + wide;
+    const R *p = (const R *)parameters;
+    const ptrdiff_t row = c * (ptrdiff_t)sizeof(T), whole = rows / k, left = rows % k;
+    const int together = x_stride == row && dy_stride == row;
+    for (ptrdiff_t j = 0; j < c; j++) m[j] = mean[j];
+    for (ptrdiff_t j = c; j < wide; j++) m[j] = m[j - c];
+    memset(s1, 0, 2 * wide * sizeof(double));
+    for (ptrdiff_t q = 0; q < (together ? 1 : k); q++)
+        FN(reduce_columns)(dy + q * dy_stride, x + q * x_stride, whole, k * dy_stride, k * x_stride,
+                           together ? k * c : c, m + q * c, p, pitch, s1 + q * c, s2 + q * c, relu);
+    for (ptrdiff_t q = 0; q < left; q++) {
+        const ptrdiff_t i = whole * k + q;
+        FN(reduce_columns)(dy + i * dy_stride, x + i * x_stride, 1, dy_stride, x_stride, c, m + q * c, p, pitch,
+                           s1 + q * c, s2 + q * c, relu);
+    }
+    for (ptrdiff_t j = 0; j < c; j++) {
+        sum[j] = s1[j];
+        product[j] = s2[j];
+        for (ptrdiff_t q = 1; q < k; q++) sum[j] += s1[j + q * c], product[j] += s2[j + q * c];
+    }
+}
+
+/* One vector of dx = scale·((dy - mean dy) - x̂·mean(dy·x̂)); frozen statistics: dx = scale·dy */
+INLINE VREAL FN(input_gradient)(const T *dy, const T *x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying,
+                                const int relu, const int frozen) {
+    VREAL g = FN(load)(dy + i), d = {0};
+    const VREAL scale = FN(parameter)(p + SCALE * pitch, i, varying);
+    if (relu || !frozen)
+        d = (FN(load)(x + i) - FN(parameter)(p + HI * pitch, i, varying)) - FN(parameter)(p + LO * pitch, i, varying);
+    if (relu) {
+        const VREAL z = d * scale + FN(parameter)(p + SHIFT * pitch, i, varying);
+        g = (VREAL)((FN(vmask))g & ~(z <= (VREAL){0}));
+    }
+    if (frozen) return scale * g;
+    const VREAL xhat = d * FN(parameter)(p + RSTD * pitch, i, varying);
+    return scale * ((g - FN(parameter)(p + DBETA_MEAN * pitch, i, varying)) -
+                    xhat * FN(parameter)(p + DGAMMA_MEAN * pitch, i, varying));
+}
+
+/* A span of dx; the last vector overlaps as in normalize, so dx may be dy. */
+INLINE void FN(backward_body)(const T *dy, const T *x, T *dx, ptrdiff_t n, const R *p, ptrdiff_t pitch,
+                              ptrdiff_t dy_ahead, ptrdiff_t x_ahead, const int varying, const int relu,
+                              const int frozen, const int stream) {
+    if (n < W) {
+        T bx[VECTOR_BYTES] = {0}, bd[VECTOR_BYTES] = {0};
+        memcpy(bx, x, n * sizeof(T));
+        memcpy(bd, dy, n * sizeof(T));
+        FN(store)(bd, FN(input_gradient)(bd, bx, p, pitch, 0, varying, relu, frozen), 0);
+        memcpy(dx, bd, n * sizeof(T));
+        return;
+    }
+    ptrdiff_t i = 0;
+    if (stream && (uintptr_t)dx % LINE) {
+        FN(store)(dx, FN(input_gradient)(dy, x, p, pitch, 0, varying, relu, frozen), 0);
+        i = (ptrdiff_t)((LINE - (uintptr_t)dx % LINE) / sizeof(T)) % W;
+    }
+    const ptrdiff_t end = n - (n - i) % W;
+    VREAL last = {0};
+    if (end < n) last = FN(input_gradient)(dy, x, p, pitch, n - W, varying, relu, frozen);
+    for (; i < end; i += W) {
+        if (x_ahead) {
+            __builtin_prefetch((const char *)(x + i) + x_ahead, 0, 2);
+            __builtin_prefetch((const char *)(dy + i) + dy_ahead, 0, 2);
+        }
+        FN(store)(dx + i, FN(input_gradient)(dy, x, p, pitch, i, varying, relu, frozen), stream);
+    }
+    if (end < n) FN(store)(dx + n - W, last, 0);
+}
+
+static void FN(backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
+                         ptrdiff_t dy_ahead, ptrdiff_t x_ahead, int varying, int relu, int frozen, int stream) {
+    const T *dt = (const T *)dy, *xt = (const T *)x;
+    const R *p = (const R *)parameters;
+    T *out = (T *)dx;
+#define CASE(V, A, F, S) \
+    if (varying == V && relu == A && frozen == F && stream == S) \
+        FN(backward_body)(dt, xt, out, n, p, pitch, dy_ahead, x_ahead, V, A, F, S);
+#define CASES(V, A) CASE(V, A, 0, 0) CASE(V, A, 0, 1) CASE(V, A, 1, 0) CASE(V, A, 1, 1)
+    CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
+#undef CASES
+#undef CASE
+}
+
+static const span_table FN(spans) = {
+    sizeof(T), sizeof(R), FN(prepare), FN(repeat), FN(moments_ncs), FN(moments_rc), FN(normalize), FN(reduce_ncs),
+    FN(reduce_rc), FN(backward),
+};
+
+#undef JOIN_
+#undef JOIN
+#undef FN
+#undef VREAL
+#undef VPART
+#undef W

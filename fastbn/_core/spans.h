@@ -1,0 +1,135 @@
+/* The table of spans per dtype: what kernels.pyx calls. One body per operation (span.h), included once per dtype. */
+#ifndef FASTBN_SPANS_H
+#define FASTBN_SPANS_H
+
+#include <math.h>
+
+#include "half.h"
+#include "vectors.h"
+
+/* Parameters of a channel, as the element-wise spans read them */
+enum parameter { HI, LO, SCALE, SHIFT, RSTD, DBETA_MEAN, DGAMMA_MEAN, PARAMETERS };
+
+enum { ROW_GROUP = 8 }; /* rows of layout rc that share one load and store of the column sums */
+
+typedef struct {
+    ptrdiff_t itemsize;      /* of the arrays */
+    ptrdiff_t real_size;     /* of the parameters */
+    void (*prepare)(ptrdiff_t c, const double *mean, const double *rstd, const double *gamma, const double *beta,
+                    const double *dbeta_mean, const double *dgamma_mean, void *parameters, ptrdiff_t pitch);
+    void (*repeat)(void *parameters, ptrdiff_t pitch, ptrdiff_t filled, ptrdiff_t total);
+    void (*moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, double *mean, double *m2);
+    void (*moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, ptrdiff_t k, double *work,
+                       ptrdiff_t wide, double *mean, double *m2);
+    void (*normalize)(const char *x, const char *residual, char *y, ptrdiff_t n, const void *parameters,
+                      ptrdiff_t pitch, ptrdiff_t ahead, int varying, int relu, int stream);
+    void (*reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
+                       ptrdiff_t len, double mean, const void *parameters, double *sums, int relu);
+    void (*reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
+                      ptrdiff_t c, ptrdiff_t k, const double *mean, const void *parameters, ptrdiff_t pitch,
+                      double *work, ptrdiff_t wide, double *sum, double *product, int relu);
+    void (*backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
+                     ptrdiff_t dy_ahead, ptrdiff_t x_ahead, int varying, int relu, int frozen, int stream);
+} span_table;
+
+/* Merge part b, of n_b values, into part a, of n_a, for each of c channels: Chan, Golub & LeVeque 1979.
+ * An empty part a is the identity. */
+static void merge_moments(ptrdiff_t c, double n_a, double *mean_a, double *m2_a, double n_b, const double *mean_b,
+                          const double *m2_b) {
+    const double share = n_b / (n_a + n_b);
+    if (n_a == 0) {
+        memcpy(mean_a, mean_b, c * sizeof(double));
+        memcpy(m2_a, m2_b, c * sizeof(double));
+        return;
+    }
+    for (ptrdiff_t i = 0; i < c; i++) {
+        const double delta = mean_b[i] - mean_a[i];
+        mean_a[i] += delta * share;
+        m2_a[i] += m2_b[i] + delta * delta * (n_a * share);
+    }
+}
+
+/* var = M2/count and rstd = 1/√(var + eps) */
+static void finish_moments(ptrdiff_t c, double count, double eps, const double *m2, double *var, double *rstd) {
+    for (ptrdiff_t i = 0; i < c; i++) {
+        var[i] = m2[i] / count;
+        rstd[i] = 1 / sqrt(var[i] + eps);
+    }
+}
+
+#define SAME(v, ...) (v)
+
+/* Arithmetic in float32. The limit costs at most 17 of float64's 53 bits and leaves 12 more than float32 has. */
+#define R float
+#define RINT int32_t
+#define RBITS uint32_t
+#define WIDEN widen_float
+#define SHIFT_LIMIT 65536
+
+#define T float
+#define SUFFIX float32
+#define TO_REAL SAME
+#define TO_MEMORY SAME
+#include "span.h"
+#undef T
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+
+#define T uint16_t
+#define SUFFIX float16
+#define TO_REAL FLOAT16_TO_REAL
+#define TO_MEMORY REAL_TO_FLOAT16
+#include "span.h"
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+
+#define SUFFIX bfloat16
+#define TO_REAL BFLOAT16_TO_REAL
+#define TO_MEMORY REAL_TO_BFLOAT16
+#include "span.h"
+#undef T
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+
+#undef R
+#undef RINT
+#undef RBITS
+#undef WIDEN
+#undef SHIFT_LIMIT
+
+/* Arithmetic in float64. The limit costs at most 5 of 53 bits. */
+#define R double
+#define RINT int64_t
+#define RBITS uint64_t
+#define WIDEN SAME
+#define SHIFT_LIMIT 16
+
+#define T double
+#define SUFFIX float64
+#define TO_REAL SAME
+#define TO_MEMORY SAME
+#include "span.h"
+
+#undef R
+#undef RINT
+#undef RBITS
+#undef WIDEN
+#undef SHIFT_LIMIT
+#undef T
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+
+/* The table of a dtype: bfloat16 is the one of two bytes that NumPy does not know as its half. */
+static const span_table *spans_of(ptrdiff_t itemsize, int is_numpy_half) {
+    switch (itemsize) {
+    case 2: return is_numpy_half ? &spans_float16 : &spans_bfloat16;
+    case 4: return &spans_float32;
+    default: return &spans_float64;
+    }
+}
+
+#endif

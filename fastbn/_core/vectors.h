@@ -1,0 +1,100 @@
+/* Vectors as wide as the instruction set: the one place that knows registers.
+ *
+ * Everything here is written with GCC's vector extensions, so one source serves every instruction set; only the
+ * streaming store and a conversion need intrinsics. Results never depend on the width: sums keep LANES partial sums, whatever the
+ * number of registers they take (one AVX-512, two AVX2, four SSE or NEON registers of float32).
+ */
+#ifndef FASTBN_VECTORS_H
+#define FASTBN_VECTORS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+enum {
+    LANES = 16,                     /* partial sums of a reduction along a contiguous span */
+    WIDE = VECTOR_BYTES / 8,        /* float64 values in a register */
+    PARTS = LANES / WIDE,           /* float64 registers that hold LANES values */
+    LINE = 64                       /* bytes of a cache line */
+};
+
+typedef double vdouble __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t vint64 __attribute__((vector_size(VECTOR_BYTES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* float32 to float64. Intrinsics where GCC 12's __builtin_convertvector takes two conversions and a shuffle. */
+typedef float vnarrow __attribute__((vector_size(WIDE * sizeof(float))));
+INLINE vdouble widen_float(vnarrow v) {
+#if defined(__AVX512F__)
+    return (vdouble)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX__)
+    return (vdouble)_mm256_cvtps_pd((__m128)v);
+#else
+    return __builtin_convertvector(v, vdouble);
+#endif
+}
+
+/* KEEP + r masks all but the last r of LANES values. */
+static const int64_t KEEP[2 * LANES] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+INLINE vdouble load_wide(const double *p) { vdouble v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_wide(double *p, vdouble v) { memcpy(p, &v, sizeof v); }
+INLINE vdouble splat_wide(double value) { return value - (vdouble){0}; } /* keeps -0.0, unlike 0 + value */
+
+INLINE void store_columns(double *p, vdouble v, ptrdiff_t columns) { /* no more than the columns that are left */
+    if (columns >= WIDE) store_wide(p, v);
+    else memcpy(p, &v, columns * sizeof(double));
+}
+
+INLINE vdouble keep_last(vdouble v, const int64_t *mask) {
+    vint64 m;
+    memcpy(&m, mask, sizeof m);
+    return (vdouble)((vint64)v & m);
+}
+
+/* Sum of LANES values as a fixed tree: the same order on every instruction set. */
+INLINE double sum_lanes(const vdouble *parts) {
+    double lane[LANES];
+    memcpy(lane, parts, sizeof lane);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+/* Store past the cache; p is aligned to `bytes`, the size of the vector. */
+INLINE void stream_bytes(void *p, const void *v, size_t bytes) {
+#if defined(__AVX512F__)
+    if (bytes == 64) { __m512i t; memcpy(&t, v, 64); _mm512_stream_si512((__m512i *)p, t); return; }
+#endif
+#if defined(__AVX__)
+    if (bytes == 32) { __m256i t; memcpy(&t, v, 32); _mm256_stream_si256((__m256i *)p, t); return; }
+#endif
+#if defined(__x86_64__)
+    if (bytes == 16) { __m128i t; memcpy(&t, v, 16); _mm_stream_si128((__m128i *)p, t); return; }
+    if (bytes == 8) { long long t; memcpy(&t, v, 8); _mm_stream_si64((long long *)p, t); return; }
+#endif
+    memcpy(p, v, bytes);
+}
+
+/* Make streamed stores visible to the other threads. */
+INLINE void stream_fence(void) {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+#endif
