@@ -11,6 +11,8 @@ knows only that view. It runs once per model, in NumPy, on pairs of float64 (hi,
 about 106 bits: a result is rounded once, whatever cancels on the way; shapes alone fix the order of a sum.
 """
 
+from __future__ import annotations
+
 import operator
 from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from typing import Any, NamedTuple
@@ -72,7 +74,7 @@ class Folded(NamedTuple):
     pad_value: np.ndarray | None = None
 
 
-def to_affine(bn):
+def to_affine(bn: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the scale and shift of `bn` at inference, bn(x) = scale·x + shift per channel.
 
     scale = gamma/sqrt(var + eps), shift = beta - scale·mean (Ioffe & Szegedy 2015, Algorithm 2, line 11).
@@ -109,7 +111,7 @@ def to_affine(bn):
     return scale, shift
 
 
-def fold_linear(weight, bias, bn, *, layout="OI"):
+def fold_linear(weight: Any, bias: Any, bn: Any, *, layout: str | None = "OI") -> Folded:
     """Fold the BatchNorm that follows a linear layer into it: f(x) = bn(W·x + b).
 
     W'[o, i] = scale[o]·W[o, i],  b' = scale·b + shift (Ioffe & Szegedy 2015, Algorithm 2, line 11).
@@ -155,7 +157,9 @@ def fold_linear(weight, bias, bn, *, layout="OI"):
     return _fold(weight, bias, bn, _linear_layout(layout, weight), bn_last=True)
 
 
-def fold_conv(weight, bias, bn, *, groups=1, transposed=False, layout=None):
+def fold_conv(
+    weight: Any, bias: Any, bn: Any, *, groups: int = 1, transposed: bool = False, layout: str | None = None
+) -> Folded:
     """Fold the BatchNorm that follows a convolution into it: f(x) = bn(conv(x)), with any stride and padding.
 
     W'[o, i, k] = scale[o]·W[o, i, k],  b' = scale·b + shift (Ioffe & Szegedy 2015, Algorithm 2, line 11).
@@ -204,7 +208,9 @@ def fold_conv(weight, bias, bn, *, groups=1, transposed=False, layout=None):
     return _fold(weight, bias, bn, layout, bn_last=True, groups=groups, transposed=transposed)
 
 
-def fold_into_linear(bn, weight, bias, *, layout="OI", repeat=1):
+def fold_into_linear(
+    bn: Any, weight: Any, bias: Any, *, layout: str | None = "OI", repeat: int = 1
+) -> Folded:
     """Fold the BatchNorm that precedes a linear layer into it: f(x) = W·bn(x) + b.
 
     W'[o, i] = W[o, i]·scale[c],  b'[o] = b[o] + Σ_i W[o, i]·shift[c],  channel c = i // repeat.
@@ -247,7 +253,9 @@ def fold_into_linear(bn, weight, bias, *, layout="OI", repeat=1):
     return _fold(weight, bias, bn, layout, bn_last=False, repeat=repeat)
 
 
-def fold_into_conv(bn, weight, bias, *, groups=1, padding=0, layout=None):
+def fold_into_conv(
+    bn: Any, weight: Any, bias: Any, *, groups: int = 1, padding: Any = 0, layout: str | None = None
+) -> Folded:
     """Fold the BatchNorm that precedes a convolution into it, with the value that must then pad its input.
 
     W'[o, i, k] = W[o, i, k]·scale[i],  b'[o] = b[o] + Σ_i Σ_k W[o, i, k]·shift[i],  i in the group of o.
@@ -320,12 +328,13 @@ def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repe
     change, sums = 0.0, np.zeros((2, n_groups, n_out))
     with np.errstate(all="ignore"):  # overflow is looked for in the results, whatever the caller's np.seterr
         for block in _blocks(old.shape):
-            here = (slice(None), *(block if bn_last else block[:1]))
+            parts = (slice(None), *block)  # of a pair
+            here = parts if bn_last else parts[:2]
             w, channel = old[block].astype(np.float64, order="C"), output_channel[block]
             _check_finite("weight", w, channel, "finite values", "output channel")
             new[block] = _round("weight", _multiply(w, scale[here]), dtype, channel)
             if not bn_last:
-                sums[(slice(None), *block)] = _sum(_multiply(w, shift[here]), channel.shape)
+                sums[parts] = _sum(_multiply(w, shift[here]), channel.shape)
             moved, size = np.abs(new[block].astype(np.float64) - w), np.abs(w)
             change = max(change, float((moved[size > 0] / size[size > 0]).max(initial=0)))
 
@@ -505,9 +514,11 @@ def _parameters(bn, channels=None):
             raise TypeError(f"bn: expected BatchNormParams or BatchNorm, got {kind} without {missing[0]}")
     gamma, beta, mean, var, eps = (getattr(bn, name) for name in names)
     mean_name, var_name = names[2:4]
-    if bn.__class__ is not BatchNormParams and (mean is None or var is None):
+    if mean is None or var is None:
         name = mean_name if mean is None else var_name
-        raise ValueError(f"{name}: expected running statistics, got None (track_running_stats=False)")
+        raise ValueError(
+            f"{name}: expected running statistics, got None (track_running_stats=False has none)"
+        )
 
     eps, mean, own_var = _array("eps", eps), _array(mean_name, mean), _array(var_name, var)
     if eps.ndim or not 0 <= float(eps) < np.inf:

@@ -59,6 +59,8 @@ class BatchNorm:
         Gradient of the last call's residual, after :meth:`backward`.
     running_mean, running_var : ndarray of shape (C,), or None
     num_batches_tracked : int
+    dtype : dtype
+        Of all of these arrays.
     training : bool
 
     References
@@ -90,7 +92,7 @@ class BatchNorm:
         self.activation = activation
         check.activation(activation)
         self.unbiased = bool(unbiased)
-        dtype = check.parameter_dtype("dtype", dtype)
+        self.dtype = dtype = check.parameter_dtype("dtype", dtype)
         self.gamma = np.ones(c, dtype) if affine else None
         self.beta = np.zeros(c, dtype) if affine else None
         self.running_mean = np.zeros(c, dtype) if track_running_stats else None

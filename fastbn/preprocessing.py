@@ -2,26 +2,18 @@
 
 import numpy as np
 
+from ._core import check
 from .norm import Moments
 
 
 def as_floats(x, name="x"):
-    """Return `x` as an array of real floating point, without a copy where it is one already.
-
-    float16, bfloat16, float32 and float64 keep their dtype, booleans and integers become float64; any other dtype
-    (complex, object, text, ...) is a TypeError.
-    """
-    x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not hasattr(x, "__array__") else np.asarray(x)
-    if x.dtype.kind in "biu":
-        x = x.astype(np.float64)
-    elif x.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-        raise TypeError(f"{name}: expected real numbers (float16 to float64, or integers), got {x.dtype}")
-    return x
+    """Return `x` as an array of floats (integers: float64), or raise TypeError."""
+    return check.array(name, x)
 
 
 def as_matrix(x, n_features=None, name="x"):
-    """Return `as_floats(x)`, or raise ValueError unless its shape is (N, F), with F = `n_features` where given."""
-    x = as_floats(x, name)
+    """Return `x` as floats, or raise ValueError unless its shape is (N, F), F = `n_features` where given."""
+    x = check.array(name, x)
     if x.ndim != 2 or n_features not in (None, x.shape[1]):
         expected = f"(N, {'F' if n_features is None else n_features})"
         raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
@@ -85,11 +77,12 @@ class Standardizer:
         return self
 
     def partial_fit(self, x):
-        """Add the rows of `x`, shape (N, F), to the statistics so far; return self. No rows change nothing."""
+        """Add the rows of `x`, shape (N, F), to the statistics; return self. No rows change nothing."""
         if not self.fitted:
             return self.fit(x)
         x = as_matrix(x, self.n_features_in_)
-        self._set(Moments.from_dict(self.moments_.to_dict()).merge(Moments.of(x, axis=1)))
+        with np.errstate(invalid="ignore"):  # inf − inf is that feature's NaN, not a warning
+            self._set(Moments.from_dict(self.moments_.to_dict()).merge(Moments.of(x, axis=1)))
         return self
 
     def transform(self, x):
@@ -118,7 +111,7 @@ class Standardizer:
         if not self.fitted:
             raise ValueError("Standardizer: expected statistics, got none: call fit(x) first")
         x = as_matrix(x, self.n_features_in_)
-        with np.errstate(invalid="ignore", over="ignore"):  # inf − inf is that feature's NaN, not a warning
+        with np.errstate(invalid="ignore", over="ignore"):
             return function(x.astype(np.float64)).astype(x.dtype, copy=False)
 
     def _set(self, moments):

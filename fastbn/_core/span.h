@@ -96,8 +96,10 @@ static void FN(repeat)(void *parameters, ptrdiff_t pitch, ptrdiff_t filled, ptrd
 
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 
-/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows. */
-INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, double K, double *sums) {
+/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows.
+ * `ahead`: bytes to what is wanted next, fetched into L2 meanwhile; 0 for nothing. */
+INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double K,
+                             double *sums) {
     vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
     const vdouble k = splat_wide(K);
     const ptrdiff_t r = len % LANES;
@@ -105,6 +107,7 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *p = (const T *)(x + row * stride);
         for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
+            if (ahead) __builtin_prefetch((const char *)(p + i) + ahead, 0, 2);
 #pragma GCC unroll 8
             for (int q = 0; q < PARTS; q++) {
                 const vdouble d = WIDEN(FN(load_part)(p + i + q * WIDE)) - k;
@@ -128,11 +131,12 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
 
 /* Mean and M2 = Σ(x - mean)² of one block of one channel: one pass shifted by the block's first value K.
  * The error grows with (K - mean)²/var; where that is large (an outlier as K), a second pass shifts by the mean. */
-static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, double *mean, double *m2) {
+static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
+                            double *m2) {
     const double count = (double)rows * (double)len;
     double K = FN(first)((const T *)x), sums[2];
     for (int pass = 0; pass < 2; pass++) {
-        FN(shifted_sums)(x, rows, stride, len, K, sums);
+        FN(shifted_sums)(x, rows, stride, len, ahead, K, sums);
         const double lost = sums[0] * (sums[0] / count);
         *mean = K + sums[0] / count;
         *m2 = sums[1] < lost ? 0 : sums[1] - lost;
@@ -224,9 +228,9 @@ INLINE VREAL FN(output)(const T *x, const T *residual, const R *p, ptrdiff_t pit
 }
 
 /* A span of the forward pass. The last vector overlaps the one before instead of a loop over single elements; it is
- * computed before anything is stored, so y may be x. `ahead`: bytes to what is wanted next, fetched meanwhile. */
+ * computed before anything is stored, so y may be x. */
 INLINE void FN(normalize_body)(const T *x, const T *residual, T *y, ptrdiff_t n, const R *p, ptrdiff_t pitch,
-                               ptrdiff_t ahead, const int varying, const int relu, const int stream) {
+                               const int varying, const int relu, const int stream) {
     if (n < W) {
         T bx[VECTOR_BYTES] = {0}, br[VECTOR_BYTES] = {0};
         memcpy(bx, x, n * sizeof(T));
@@ -244,20 +248,19 @@ INLINE void FN(normalize_body)(const T *x, const T *residual, T *y, ptrdiff_t n,
     VREAL last = {0};
     if (end < n) last = FN(output)(x, residual, p, pitch, n - W, varying, relu);
     for (; i < end; i += W) {
-        if (ahead) __builtin_prefetch((const char *)(x + i) + ahead, 0, 2);
         FN(store)(y + i, FN(output)(x, residual, p, pitch, i, varying, relu), stream);
     }
     if (end < n) FN(store)(y + n - W, last, 0);
 }
 
 static void FN(normalize)(const char *x, const char *residual, char *y, ptrdiff_t n, const void *p, ptrdiff_t pitch,
-                          ptrdiff_t ahead, int varying, int relu, int stream) {
+                          int varying, int relu, int stream) {
     const T *xt = (const T *)x, *rt = (const T *)residual;
     T *yt = (T *)y;
 #define CASE(V, A, S) \
     if (varying == V && relu == A && stream == S) { \
-        if (rt) FN(normalize_body)(xt, rt, yt, n, (const R *)p, pitch, ahead, V, A, S); \
-        else FN(normalize_body)(xt, NULL, yt, n, (const R *)p, pitch, ahead, V, A, S); \
+        if (rt) FN(normalize_body)(xt, rt, yt, n, (const R *)p, pitch, V, A, S); \
+        else FN(normalize_body)(xt, NULL, yt, n, (const R *)p, pitch, V, A, S); \
     }
     CASE(0, 0, 0) CASE(0, 0, 1) CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 0, 1) CASE(1, 1, 0) CASE(1, 1, 1)
 #undef CASE
@@ -274,9 +277,9 @@ INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptr
     return (VPART)((FN(vpartmask))dy & ~(z <= (VPART){0}));
 }
 
-/* Σdy and Σdy·(x - mean) over rows of one channel */
+/* Σdy and Σdy·(x - mean) over rows of one channel; `ahead` as in shifted_sums */
 INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                                ptrdiff_t len, double mean, const R *p, double *sums, const int relu) {
+                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p, double *sums, const int relu) {
     vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
     const vdouble m = splat_wide(mean);
     const ptrdiff_t r = len % LANES;
@@ -284,6 +287,10 @@ INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, p
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *px = (const T *)(x + row * x_stride), *pd = (const T *)(dy + row * dy_stride);
         for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
+            if (x_ahead) {
+                __builtin_prefetch((const char *)(px + i) + x_ahead, 0, 2);
+                __builtin_prefetch((const char *)(pd + i) + dy_ahead, 0, 2);
+            }
 #pragma GCC unroll 8
             for (int q = 0; q < PARTS; q++) {
                 const VPART xp = FN(load_part)(px + i + q * WIDE);
@@ -313,9 +320,13 @@ INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, p
 }
 
 static void FN(reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                           ptrdiff_t len, double mean, const void *p, double *sums, int relu) {
-    if (relu) FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, mean, (const R *)p, sums, 1);
-    else FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, mean, (const R *)p, sums, 0);
+                           ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *p, double *sums,
+                           int relu) {
+#define BODY(RELU) \
+    FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, dy_ahead, x_ahead, mean, (const R *)p, sums, RELU)
+    if (relu) BODY(1);
+    else BODY(0);
+#undef BODY
 }
 
 /* s1 += dy, s2 += dy·(x - mean) down a group of rows for each of `width` columns */
@@ -402,8 +413,7 @@ INLINE VREAL FN(input_gradient)(const T *dy, const T *x, const R *p, ptrdiff_t p
 
 /* A span of dx; the last vector overlaps as in normalize, so dx may be dy. */
 INLINE void FN(backward_body)(const T *dy, const T *x, T *dx, ptrdiff_t n, const R *p, ptrdiff_t pitch,
-                              ptrdiff_t dy_ahead, ptrdiff_t x_ahead, const int varying, const int relu,
-                              const int frozen, const int stream) {
+                              const int varying, const int relu, const int frozen, const int stream) {
     if (n < W) {
         T bx[VECTOR_BYTES] = {0}, bd[VECTOR_BYTES] = {0};
         memcpy(bx, x, n * sizeof(T));
@@ -421,23 +431,19 @@ INLINE void FN(backward_body)(const T *dy, const T *x, T *dx, ptrdiff_t n, const
     VREAL last = {0};
     if (end < n) last = FN(input_gradient)(dy, x, p, pitch, n - W, varying, relu, frozen);
     for (; i < end; i += W) {
-        if (x_ahead) {
-            __builtin_prefetch((const char *)(x + i) + x_ahead, 0, 2);
-            __builtin_prefetch((const char *)(dy + i) + dy_ahead, 0, 2);
-        }
         FN(store)(dx + i, FN(input_gradient)(dy, x, p, pitch, i, varying, relu, frozen), stream);
     }
     if (end < n) FN(store)(dx + n - W, last, 0);
 }
 
 static void FN(backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
-                         ptrdiff_t dy_ahead, ptrdiff_t x_ahead, int varying, int relu, int frozen, int stream) {
+                         int varying, int relu, int frozen, int stream) {
     const T *dt = (const T *)dy, *xt = (const T *)x;
     const R *p = (const R *)parameters;
     T *out = (T *)dx;
 #define CASE(V, A, F, S) \
     if (varying == V && relu == A && frozen == F && stream == S) \
-        FN(backward_body)(dt, xt, out, n, p, pitch, dy_ahead, x_ahead, V, A, F, S);
+        FN(backward_body)(dt, xt, out, n, p, pitch, V, A, F, S);
 #define CASES(V, A) CASE(V, A, 0, 0) CASE(V, A, 0, 1) CASE(V, A, 1, 0) CASE(V, A, 1, 1)
     CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
 #undef CASES

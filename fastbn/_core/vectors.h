@@ -90,6 +90,13 @@ INLINE void stream_bytes(void *p, const void *v, size_t bytes) {
     memcpy(p, v, bytes);
 }
 
+static void copy_span(const char *source, char *target, ptrdiff_t size, int stream) {
+    ptrdiff_t i = 0;
+    if (stream && (uintptr_t)target % LINE == 0)
+        for (; i + VECTOR_BYTES <= size; i += VECTOR_BYTES) stream_bytes(target + i, source + i, VECTOR_BYTES);
+    memcpy(target + i, source + i, size - i);
+}
+
 /* Make streamed stores visible to the other threads. */
 INLINE void stream_fence(void) {
 #if defined(__x86_64__)

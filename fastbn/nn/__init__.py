@@ -29,13 +29,14 @@ __all__ = [
 
 
 def load(path):
-    """Return the model that `Sequential.save` wrote to `path`, in inference mode; its predictions are bit-equal.
+    """Return the model that `Sequential.save` wrote to `path`, in inference mode, with bit-equal predictions.
 
     Raises
     ------
     ValueError
         With the path and the reason, for a file that is damaged or not a model: not a zip, cut short, a wrong
-        checksum, an array missing, superfluous, of the wrong shape or dtype, or a pickle, which is never opened.
+        checksum, an array missing, superfluous, of the wrong shape or dtype, or a pickle, which is never
+        opened.
     OSError
         As `open` raises it: FileNotFoundError, PermissionError, ...
     """

@@ -74,15 +74,17 @@ class Layer(ABC):
         return {}
 
     def load_state_dict(self, state):
-        """Copy `state` into the layer; ValueError, and nothing changed, unless names and shapes are its own."""
+        """Copy `state` into the layer; unless names and shapes are its own, ValueError and nothing changed."""
         self._set_state(self.check_state(state))
 
     def check_state(self, state, n_in=None):
-        """Return `state` with the dtypes this layer keeps, or raise; `n_in` is the model's width, where known."""
+        """Return `state` in the dtypes this layer keeps, or raise; `n_in` is the model's width where known."""
         return check_arrays(state, self.arrays_of(self.config()))
 
     def _set_state(self, state):
         """Copy what `check_state` returned."""
+        for name, array in state.items():
+            setattr(self, name, array)
 
     def __repr__(self):
         inner = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
@@ -120,7 +122,7 @@ def positive_int(value, name):
 
 
 def make_rng(seed):
-    """Return the numpy Generator for `seed`: None, a non-negative int, or a Generator, which is used as it is."""
+    """Return the Generator for `seed`: None, an int of at least 0, or a Generator, which is used as it is."""
     try:
         return np.random.default_rng(seed)
     except (TypeError, ValueError) as error:

@@ -31,7 +31,7 @@ class _Affine:
             if self.bias is not None:
                 dense.bias = self.bias
         if any(np.isinf(parameter).any() for parameter in dense.parameters()):
-            raise ValueError(f"{self.name}: expected folded weights that {dense.dtype} can hold, got larger ones")
+            raise ValueError(f"{self.name}: expected folded weights that {dense.dtype} can hold, got inf")
         return dense
 
 

@@ -1,4 +1,4 @@
-"""Dense, BatchNorm and Standardizer: the layers that are affine maps at inference, and fold into one another."""
+"""Dense, BatchNorm and Standardizer: affine maps at inference, which fold into one another."""
 
 import copy
 
@@ -20,15 +20,17 @@ class Dense(Layer):
     n_in, n_out : int
         Features in and out, at least 1.
     bias : bool
-        Whether there is b. A Dense followed by BatchNorm needs none: β takes its place (Ioffe & Szegedy 2015, 3.2).
+        Whether there is b. A Dense followed by BatchNorm needs none: β takes its place (Ioffe & Szegedy
+        2015, 3.2).
     dtype : float32 or float64
         Of the parameters and of the result; `x` is converted to it.
 
     Attributes
     ----------
     weight : ndarray of shape (n_out, n_in)
-        PyTorch's layout, "OI" in folding. Drawn once: by the `Sequential` that takes the layer, from its seed, or
-        on the first use before that, from the operating system's entropy. Assigning copies into the same array.
+        PyTorch's layout, "OI" in folding. Drawn once: by the `Sequential` that takes the layer, from its
+        seed, or on the first use before that, from the operating system's entropy. Assigning copies into
+        the same array.
     bias : ndarray of shape (n_out,), zeros at first; or None
     grad_weight, grad_bias : ndarray or None
         New arrays from each `backward`.
@@ -71,8 +73,8 @@ class Dense(Layer):
         """Draw the weights from the numpy Generator `rng`, and set the bias to zero.
 
         "he": N(0, 2/n_in), which keeps the variance through ReLU (He et al. 2015, eq. 10).
-        "glorot": U(−a, a), a = √(6/(n_in + n_out)), for sigmoid, tanh and no activation (Glorot & Bengio 2010,
-        eq. 16). The draws are float64 ones, rounded, so that float32 and float64 models start alike.
+        "glorot": U(−a, a), a = √(6/(n_in + n_out)), for sigmoid, tanh and no activation (Glorot & Bengio
+        2010, eq. 16). The draws are float64 ones, rounded, so that float32 and float64 models start alike.
         """
         shape = self.n_out, self.n_in
         if scheme == "he":
@@ -153,10 +155,6 @@ class Dense(Layer):
     def state_dict(self):
         return {name: p.copy() for name, p in zip(("weight", "bias"), self.parameters(), strict=False)}
 
-    def _set_state(self, state):
-        for name, array in state.items():
-            setattr(self, name, array)
-
 
 class BatchNorm(layer.BatchNorm, Layer):
     """`fastbn.BatchNorm` over the features of (N, num_features), with its arguments; `axis` can only be 1.
@@ -170,6 +168,15 @@ class BatchNorm(layer.BatchNorm, Layer):
             raise ValueError(f"axis: expected 1, the features of (N, F), got {axis!r}")
         super().__init__(num_features, axis=1, **options)
         self.n_in = self.n_out = self.num_features
+        arrays = [array for array in (self.gamma, self.running_mean) if array is not None]
+        self.dtype = arrays[0].dtype if arrays else np.dtype(np.float32)
+
+    def __call__(self, x):
+        return super().__call__(as_matrix(x, self.n_in))
+
+    def backward(self, dy):
+        dy = as_matrix(dy, self.n_out, "dy")
+        return super().backward(dy if self._saved is None else dy.astype(self._saved.x.dtype, copy=False))
 
     def infer(self, x):
         twin = copy.copy(self)  # shares the arrays; its mode and what it remembers are its own
@@ -184,23 +191,22 @@ class BatchNorm(layer.BatchNorm, Layer):
 
     def config(self):
         names = "num_features", "momentum", "affine", "track_running_stats", "unbiased", "activation", "eps"
-        return {name: getattr(self, name) for name in names} | {"dtype": np.dtype(self.dtype).name}
+        return {name: getattr(self, name) for name in names} | {"dtype": self.dtype.name}
 
     @classmethod
     def arrays_of(cls, config):
         n = positive_int(config["num_features"], "num_features")
         names = ["weight", "bias"] if config["affine"] else []
         names += ["running_mean", "running_var"] if config["track_running_stats"] else []
-        dtype = np.result_type(config["dtype"], np.float32)  # half types keep float32 parameters
         counter = {"num_batches_tracked": ((), "int64")} if config["track_running_stats"] else {}
-        return {name: ((n,), dtype) for name in names} | counter
+        return dict.fromkeys(names, ((n,), config["dtype"])) | counter
 
 
 class Standardizer(preprocessing.Standardizer, Layer):
     """`fastbn.Standardizer` as the first layer of a `Sequential`: z = (x − μ)/σ; backward dx = dy/σ.
 
-    `Sequential.fit` fits one that is not fitted on its x, once, before the first epoch, and leaves a fitted one as
-    it is. `Standardizer(scaler)` takes a copy of the statistics of a fitted `fastbn.Standardizer`.
+    `Sequential.fit` fits one that is not fitted on its x, once, before the first epoch, and leaves a fitted
+    one as it is. `Standardizer(scaler)` takes a copy of the statistics of a fitted `fastbn.Standardizer`.
     """
 
     def __init__(self, scaler=None):
@@ -244,7 +250,8 @@ class Standardizer(preprocessing.Standardizer, Layer):
     def state_dict(self):
         if not self.fitted:
             return {}
-        return {"count": np.int64(self.n_samples_seen_), "mean": self.mean_.copy(), "m2": self.moments_.m2.copy()}
+        count, mean, m2 = self.moments_.count, self.moments_.mean, self.moments_.m2
+        return {"count": np.array(count, np.int64), "mean": mean.copy(), "m2": m2.copy()}
 
     def check_state(self, state, n_in=None):
         n_features = n_in or self.n_in or (np.size(state["mean"]) if "mean" in state else None)
@@ -252,6 +259,8 @@ class Standardizer(preprocessing.Standardizer, Layer):
 
     def _set_state(self, state):
         if state:
+            if (state["m2"] < 0).any():
+                raise ValueError("m2: expected sums of squares, got a negative number")
             self._set(Moments.from_dict({**state, "count": int(state["count"])}))
 
     __repr__ = preprocessing.Standardizer.__repr__

@@ -1,7 +1,8 @@
 """The losses: softmax cross-entropy, binary cross-entropy on logits, mean squared error.
 
-Each is the mean over the batch, computed in float64; the gradient comes back in the dtype of the outputs, so that
-1/N is part of it. Both cross-entropies take logits: no exponential overflows and no logarithm sees a zero.
+Each is the mean over the batch, computed in float64; the gradient comes back in the dtype of the outputs,
+so that 1/N is part of it. Both cross-entropies take logits: no exponential overflows and no logarithm sees
+a zero.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from .activations import Sigmoid
 
 
 class Loss(NamedTuple):
-    """What a training loop needs of a loss; `targets` is called once, on all of y, before anything is changed."""
+    """What a training loop needs of a loss; `targets` is called once, on all of y, before anything changes."""
 
     targets: Callable  # (y, n, n_out, name) -> the checked targets, one row per sample
     value_and_gradient: Callable  # (outputs, targets) -> float, array like outputs
-    hits: Callable | None  # (outputs, targets) -> which predictions are right; None where there is no such thing
+    hits: Callable | None  # (outputs, targets) -> which predictions are right, if there is such a thing
 
 
 def softmax(logits):
@@ -101,7 +102,7 @@ def _check_shape(y, shapes, name):
 
 
 LOSSES = {
-    "softmax_cross_entropy": Loss(_class_labels, _cross_entropy, lambda z, labels: z.argmax(axis=1) == labels),
+    "softmax_cross_entropy": Loss(_class_labels, _cross_entropy, lambda z, t: z.argmax(axis=1) == t),
     "binary_cross_entropy": Loss(_binary_labels, _binary_cross_entropy, lambda z, t: (z > 0) == t),
     "mse": Loss(_numbers, _mean_squared_error, None),
 }

@@ -1,7 +1,5 @@
 """A stack of layers, trained, used, folded and kept as one."""
 
-import numpy as np
-
 from ..preprocessing import as_matrix
 from . import folding, storage, training
 from .activations import ReLU
@@ -15,12 +13,13 @@ class Sequential:
     Parameters
     ----------
     *layers : Layer
-        nn.Dense, nn.BatchNorm (before or after the activation), nn.ReLU, nn.Sigmoid, nn.Tanh; an nn.Standardizer can
-        only come first. Each object once.
+        nn.Dense, nn.BatchNorm (before or after the activation), nn.ReLU, nn.Sigmoid, nn.Tanh; an
+        nn.Standardizer can only come first. Each object once.
     seed : None, int or numpy.random.Generator
-        From which the weights of new Dense layers are drawn, He et al. (2015) where the next activation is ReLU,
-        Glorot & Bengio (2010) otherwise, and the order of the mini-batches after them: with a seed, a training is
-        repeatable on the same machine. None takes the operating system's entropy. Layers that have weights keep them.
+        From which the weights of new Dense layers are drawn, He et al. (2015) where the next activation is
+        ReLU, Glorot & Bengio (2010) otherwise, and the order of the mini-batches after them: with a seed, a
+        training is repeatable on the same machine. None takes the operating system's entropy. Layers that
+        have weights keep them.
 
     Attributes
     ----------
@@ -70,7 +69,7 @@ class Sequential:
                 layer.draw(self.rng, _scheme(layers[index + 1 :]))
 
     def __call__(self, x):
-        """Return the outputs for `x`, shape (N, n_in), in the current mode, remembering what `backward` needs."""
+        """Return the outputs for `x`, shape (N, n_in), in the current mode; remember what `backward` needs."""
         x = as_matrix(x, self.n_in)
         for layer in self.layers:
             x = layer(x)
@@ -101,7 +100,9 @@ class Sequential:
         """Set inference mode in every layer; return self."""
         return self.train(False)
 
-    def fit(self, x, y, *, loss, optimizer, epochs=1, batch_size=32, validation_data=None, progress=True, seed=None):
+    def fit(
+        self, x, y, *, loss, optimizer, epochs=1, batch_size=32, validation_data=None, progress=True, seed=None
+    ):
         """Train on mini-batches: shuffle, forward, loss, backward, step; return the history.
 
         Parameters
@@ -112,14 +113,14 @@ class Sequential:
             "binary_cross_entropy": 0 and 1, shape (N, n_out), or (N,) for one output.
             "mse": numbers of the same shapes.
         loss : {"softmax_cross_entropy", "binary_cross_entropy", "mse"}
-            The mean over the batch (and over the outputs, for the last two), in float64. Both cross-entropies take
-            logits: end with a Dense. For "binary_cross_entropy" the model may also end with a Sigmoid, which the
-            loss then takes in and `predict` applies.
+            The mean over the batch (and over the outputs, for the last two), in float64. Both
+            cross-entropies take logits: end with a Dense. For "binary_cross_entropy" the model may also end
+            with a Sigmoid, which the loss then takes in and `predict` applies.
         optimizer : object with `step(grads)`
             From `fastbn.optim`, built with this model's `parameters()`, which it updates in place.
         epochs, batch_size : int
-            Sweeps over the data; rows per step. A last batch of one row joins the one before it where the model has
-            BatchNorm, which needs two for a variance.
+            Sweeps over the data; rows per step. A last batch of one row joins the one before it where the
+            model has BatchNorm, which needs two for a variance.
         validation_data : pair (x, y), optional
             Measured at inference after each epoch.
         progress : bool
@@ -130,8 +131,8 @@ class Sequential:
         Returns
         -------
         dict of lists of float, one value per epoch
-            "loss" and, for the cross-entropies, "accuracy", as they were while training (each batch before its step,
-            BatchNorm on the batch's statistics); "val_loss", "val_accuracy" with validation data.
+            "loss" and, for the cross-entropies, "accuracy", as they were while training (each batch before
+            its step, BatchNorm on the batch's statistics); "val_loss", "val_accuracy" with validation data.
 
         Raises
         ------
@@ -140,14 +141,15 @@ class Sequential:
 
         Notes
         -----
-        A Standardizer that is not fitted is fitted on x first. The model is left in inference mode. However fit
-        ends, the parameters are those after a whole number of steps: Ctrl-C is held back until the mini-batch ends
-        (and then passes through, a second one at once); `model.history` has the epochs until then.
+        A Standardizer that is not fitted is fitted on x first. The model is left in inference mode. However
+        fit ends, the parameters are those after a whole number of steps: Ctrl-C is held back until the
+        mini-batch ends (and then passes through, a second one at once); `model.history` has the epochs
+        until then.
         """
-        options = {"validation_data": validation_data, "progress": progress, "seed": seed}
         return training.fit(
-            self, x, y, loss=loss, optimizer=optimizer, epochs=epochs, batch_size=batch_size, **options
-        )
+            self, x, y, loss=loss, optimizer=optimizer, epochs=epochs, batch_size=batch_size,
+            validation_data=validation_data, progress=progress, seed=seed,
+        )  # fmt: skip
 
     def predict(self, x):
         """Return the outputs for `x` at inference, whatever the mode; nothing in the model changes.
@@ -173,12 +175,13 @@ class Sequential:
         batches : iterable of arrays of shape (m, n_in)
             The training data in mini-batches; an iterator is read once.
         method : {"pooled", "paper"}
-            "pooled": the exact moments over all rows, layer by layer; what reaches a BatchNorm has passed the earlier
-            ones at inference, with their new statistics. So each gets the statistics of the very values that it
-            will see in `predict`, and how the data was cut into batches does not matter.
-            "paper": Ioffe & Szegedy (2015), Algorithm 2, lines 7-10: batches go through the training network, so past
-            the earlier ones with their own batch's statistics; the averages are of the batch means and of
-            m/(m − 1) times the batch variances.
+            "pooled": the exact moments over all rows, layer by layer; what reaches a BatchNorm has passed
+            the earlier ones at inference, with their new statistics. So each gets the statistics of the
+            very values that it will see in `predict`, and how the data was cut into batches does not
+            matter.
+            "paper": Ioffe & Szegedy (2015), Algorithm 2, lines 7-10: batches go through the training
+            network, so past the earlier ones with their own batch's statistics; the averages are of the
+            batch means and of m/(m − 1) times the batch variances.
 
         Returns
         -------
@@ -187,12 +190,11 @@ class Sequential:
         Raises
         ------
         ValueError, TypeError
-            For no batches, or ones that do not fit. Whatever is raised, by `batches` itself too, changes nothing.
+            For batches that do not fit. Whatever is raised, by `batches` itself too, changes nothing; nor
+            do no batches.
         """
         replacements = []
         values = [as_matrix(x, self.n_in, f"batches[{i}]") for i, x in enumerate(batches)]
-        if not values:
-            raise ValueError("batches: expected at least one array, got none")
         if method not in ("pooled", "paper"):
             raise ValueError(f"method: expected 'pooled' or 'paper', got {method!r}")
         for layer in self.layers:
@@ -210,10 +212,10 @@ class Sequential:
     def fold(self):
         """Return the same function for inference as a new Sequential of Dense and activation layers only.
 
-        A Standardizer and a BatchNorm are affine at inference: one after a Dense goes into it, one before a Dense
-        (first in the model, or after an activation) into that one, chains of them too. Where there is neither, such
-        as BatchNorm as the last layer after an activation, a diagonal Dense (n, n) takes its place. A BatchNorm with
-        an activation leaves that activation behind.
+        A Standardizer and a BatchNorm are affine at inference: one after a Dense goes into it, one before a
+        Dense (first in the model, or after an activation) into that one, chains of them too. Where there is
+        neither, such as BatchNorm as the last layer after an activation, a diagonal Dense (n, n) takes its
+        place. A BatchNorm with an activation leaves that activation behind.
 
         Returns
         -------
@@ -223,33 +225,32 @@ class Sequential:
         Raises
         ------
         ValueError
-            Where a Standardizer is not fitted, a BatchNorm has no running statistics, or a folded weight is larger
-            than its dtype can hold; the message names the layer.
+            Where a Standardizer is not fitted, a BatchNorm has no running statistics, or a folded weight is
+            larger than its dtype can hold; the message names the layer.
 
         Notes
         -----
         Weights are folded in float64 and rounded once, so each Dense computes bn(W·x + b) to within
-        (n_in + 2)·u·(|W′|·|x| + |b′|), u the unit roundoff of its dtype: as near the exact function as the model
-        itself. A folded Standardizer works in the first Dense's dtype where it used float64: with |mean| ≫ std,
-        |W′|·|x| and with it the bound grow by |mean|/std.
+        (n_in + 2)·u·(|W′|·|x| + |b′|), u the unit roundoff of its dtype: as near the exact function as the
+        model itself. A folded Standardizer works in the first Dense's dtype where it used float64: with
+        |mean| ≫ std, |W′|·|x| and with it the bound grow by |mean|/std.
         """
         return Sequential(*folding.fold(self.layers)).eval()
 
     def state_dict(self):
         """Return {"<index>.<name>": copy of the array}: the keys of the same torch.nn.Sequential."""
-        return {
-            f"{i}.{name}": array for i, layer in enumerate(self.layers) for name, array in layer.state_dict().items()
-        }
+        states = [layer.state_dict() for layer in self.layers]
+        return {f"{i}.{name}": array for i, state in enumerate(states) for name, array in state.items()}
 
     def load_state_dict(self, state):
-        """Copy `state`, as `state_dict` gives it, into the layers; ValueError, and nothing changed, unless it fits."""
+        """Copy `state`, as `state_dict` gives it, into the layers; unless it fits, ValueError, nothing changed."""
         storage.load_state(self.layers, state, self.n_in)
 
     def save(self, path):
         """Write architecture, parameters and statistics to an .npz file at `path`, replacing it in one step.
 
-        `path` is used as it stands. A failed save leaves an earlier file whole. The optimizer, the history and the
-        generator's state are not kept. Never a pickle: NumPy arrays, and the architecture as JSON.
+        `path` is used as it stands. A failed save leaves an earlier file whole. The optimizer, the history
+        and the generator's state are not kept. Never a pickle: NumPy arrays, and the architecture as JSON.
         """
         storage.save(self, path)
 
@@ -274,7 +275,7 @@ def _check_layers(layers):
     for index, layer in enumerate(layers):
         name = f"layers[{index}]"
         if not isinstance(layer, Layer):
-            raise TypeError(f"{name}: expected a layer of fastbn.nn (nn.Dense, nn.BatchNorm, ...), got {layer!r}")
+            raise TypeError(f"{name}: expected a layer of fastbn.nn, such as nn.Dense, got {layer!r}")
         if any(layer is other for other in layers[:index]):
             raise ValueError(f"{name}: expected each layer once, got one that is in the model already")
         if isinstance(layer, Standardizer) and index > 0:

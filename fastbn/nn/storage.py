@@ -1,7 +1,7 @@
 """Models on disk: an .npz of one JSON text, the architecture, and one array per entry of the state.
 
-Nothing is ever pickled or unpickled. A file is checked whole, names, shapes, dtypes and checksums, before a layer
-is built from it.
+Nothing is ever pickled or unpickled. A file is checked whole, names, shapes, dtypes and checksums, before a
+layer is built from it.
 """
 
 import json
@@ -74,10 +74,11 @@ def _read(archive, build):
     found = set(names) - {ARCHITECTURE}
     if found != set(expected):
         missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
-        raise ValueError(f"arrays missing: {', '.join(missing) or 'none'}; not expected: {', '.join(extra) or 'none'}")
+        raise ValueError(f"arrays missing: {', '.join(missing) or 'none'}; unknown: {', '.join(extra) or 'none'}")
     for name, (shape, dtype) in expected.items():
-        if (got := _header(archive, name)) != (shape, np.dtype(dtype)):
-            raise ValueError(f"{name}: expected {np.dtype(dtype)} of shape {shape}, got {got[1]} of shape {got[0]}")
+        got_shape, got_dtype = _header(archive, name)
+        if (got_shape, got_dtype) != (shape, np.dtype(dtype)):
+            raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {got_dtype} of shape {got_shape}")
     state = {name: _array(archive, name) for name in expected}
 
     built = [kind.from_config(config) for kind, config in layers]
@@ -137,11 +138,13 @@ def load_state(layers, state, n_in=None):
     ]
     if sum(map(len, parts)) != len(state):
         known = {f"{i}.{name}" for i, part in enumerate(parts) for name in part}
-        raise ValueError(f"state: expected keys of layers 0 to {len(layers) - 1}, got {min(set(state) - known, key=str)!r}")
+        wrong = next(key for key in state if key not in known)
+        raise ValueError(f"state: expected keys of layers 0 to {len(layers) - 1}, got {wrong!r}")
     checked = []
     for index, (layer, part) in enumerate(zip(layers, parts, strict=True)):
         try:
             checked.append(layer.check_state(part, n_in))
+            layer.from_config(layer.config()).load_state_dict(checked[-1])  # on trial: it may refuse values
         except ValueError as error:
             raise ValueError(f"layers[{index}] ({type(layer).__name__}): {error}") from error
     for layer, part in zip(layers, checked, strict=True):

@@ -44,7 +44,8 @@ def fit(model, x, y, *, loss, optimizer, epochs, batch_size, validation_data, pr
                 for rows in batches:
                     chosen = order[rows]
                     with interrupt_deferred():
-                        results.append(_train_batch(model, layers, loss, x[chosen], targets[chosen], optimizer))
+                        result = _train_batch(model, layers, loss, x[chosen], targets[chosen], optimizer)
+                    results.append(result)
                     bar.batch()
                 figures = np.average(results, axis=0, weights=sizes).tolist()
                 figures += _measure(*validation, loss) if validation else []
@@ -115,16 +116,16 @@ def check_optimizer(model, optimizer):
         return
     if len(held) != len(own) or not all(a is b for a, b in zip(own, held, strict=True)):
         raise ValueError(
-            f"optimizer: expected the {len(own)} arrays of this model's parameters(), got {len(held)} arrays that are "
-            "not the same ones; build it with model.parameters()"
+            f"optimizer: expected one built with this model's parameters(), {len(own)} arrays, "
+            f"got one that holds {len(held)} arrays that are not the same"
         )
 
 
 def split(n, batch_size, merge_single):
     """Return the slices that cut n rows into mini-batches, the last one as long as what is left.
 
-    With `merge_single` a last batch of one row joins the one before it: one value per channel has no variance, and
-    leaving the row out would train on less than the data.
+    With `merge_single` a last batch of one row joins the one before it: one value per channel has no
+    variance, and leaving the row out would train on less than the data.
     """
     starts = list(range(0, n, batch_size))
     if merge_single and len(starts) > 1 and n - starts[-1] == 1:
@@ -134,10 +135,11 @@ def split(n, batch_size, merge_single):
 
 @contextmanager
 def interrupt_deferred():
-    """Hold Ctrl-C back until the block ends, so that it falls between two mini-batches; a second one comes through.
+    """Hold Ctrl-C back until the block ends, so that it falls between two mini-batches; a second one acts.
 
-    Interrupted within, an optimizer would leave some parameters before the step and some after it. Other threads than
-    the main one never see the signal, and a handler that is not a Python function is left alone.
+    Interrupted within, an optimizer would leave some parameters before the step and some after it. Other
+    threads than the main one never see the signal, and a handler that is not a Python function is left
+    alone.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

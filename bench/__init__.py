@@ -1,0 +1,1 @@
+"""Benchmarks: one table of cases drives names, bytes and output (`python -m bench --help`)."""

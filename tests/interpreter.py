@@ -1,0 +1,27 @@
+"""Run Python in a process of its own: for what is decided at import, and for what might hang or crash."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import fastbn
+
+ROOT = Path(fastbn.__file__).parents[1]  # of the fastbn under test
+_DECIDES_AT_IMPORT = ("FASTBN_ISA", "OMP_NUM_THREADS")
+TIME_LIMIT = 120  # seconds until a process counts as hanging
+
+
+def run_python(code, *, check=True, **environment):
+    """Return the CompletedProcess of `code`; fastbn's own variables come from `environment` only."""
+    inherited = {key: value for key, value in os.environ.items() if key not in _DECIDES_AT_IMPORT}
+    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+    )  # fmt: skip
+    if check and process.returncode:
+        raise AssertionError(f"exit code {process.returncode}\n{process.stdout}\n{process.stderr}")
+    return process
