@@ -27,7 +27,7 @@ Every public function is four hops, visible in its body: `check` raises or nobod
 canonical problem, a kernel splits it into blocks that the shape alone fixes, a span loops over memory.
 """
 
-from . import nn
+from . import nn, optim
 from ._version import __version__
 from .config import show_config
 from .fold import BatchNormParams, fold_conv, fold_into_conv, fold_into_linear, fold_linear, to_affine

@@ -25,8 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train on real digits with and without BatchNorm, fold it away, compare (needs the demo extra)",
-        description="Train one network on scikit-learn's digits three times: on raw inputs, on standardised inputs, and "
-        "on standardised inputs with BatchNorm. Then fold BatchNorm into the weights and compare.",
+        description="Train one network on scikit-learn's digits three times: on raw inputs, on standardised inputs, "
+        "and on standardised inputs with BatchNorm. Then fold BatchNorm into the weights and compare.",
     )
     demo.add_argument("--epochs", type=_positive, default=30, help="sweeps over the training set (default 30)")
     demo.add_argument("--seeds", type=_positive, default=5, help="runs with different initial weights (default 5)")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._core import check
+from ._core.dispatch import kernels
 from .norm import (
     Moments,
     Saved,
@@ -197,7 +198,8 @@ class BatchNorm:
         scale = γ/√(running_var + ε), shift = β - scale·running_mean (Ioffe & Szegedy 2015, Algorithm 2, line 11).
         """
         mean, var = self._running("to_affine")
-        check.positive_variance(var.astype(np.float64), self.eps)
+        var64 = var.astype(np.float64)
+        check.positive_variance(var64, self.eps, kernels.first_not_positive(var64, self.eps))
         gamma, beta = (None if p is None else p.astype(np.float64) for p in (self.gamma, self.beta))
         return scale_and_shift(mean, var, gamma, beta, self.eps)
 
@@ -290,7 +292,8 @@ class BatchNorm:
 
     def __repr__(self) -> str:
         options = f"axis={self.axis}, eps={self.eps}, momentum={self.momentum}"
-        for name, default in (("affine", True), ("track_running_stats", True), ("unbiased", True), ("activation", None)):
+        defaults = {"affine": True, "track_running_stats": True, "unbiased": True, "activation": None}
+        for name, default in defaults.items():
             if getattr(self, name) != default:
                 options += f", {name}={getattr(self, name)!r}"
         return f"BatchNorm({self.num_features}, {options})"

@@ -113,14 +113,15 @@ def batch_norm_train(
     Raises
     ------
     TypeError, ValueError
-        On an unsupported dtype, a shape that does not fit, ε ≤ 0, one value per channel, or an `out` that overlaps an
-        input in part. The message names the argument. Nothing is written then.
+        On an unsupported dtype, a shape that does not fit, ε ≤ 0, one value per channel, or an `out` that overlaps
+        an input in part. The message names the argument. Nothing is written then.
 
     Notes
     -----
-    Statistics are summed in float64, shifted by a value of the data, in blocks that the shape alone fixes: the error
-    stays within 4·2⁻²⁴·(\\|γ\\|(1 + max\\|x̂\\|) + \\|β\\|) in float32, also where \\|μ\\| is 10⁶ σ, and the result is the
-    same to the last bit for any number of threads and any instruction set. An empty batch gives an empty y.
+    Statistics are summed in float64, shifted by a value of the data, in blocks that the shape alone fixes. In float32
+    the error stays within 4·2⁻²⁴·(abs(γ)·(1 + max abs(x̂)) + abs(β)), also where the mean is 10⁶ standard deviations,
+    and the result is the same to the last bit for any number of threads and any instruction set. An empty batch gives
+    an empty y.
 
     References
     ----------
@@ -162,7 +163,7 @@ def batch_norm_train(
     if copied is not None:
         y[...] = copied
     mask = relu_mask(y) if relu and residual is not None else None
-    kept = None if out is not None and check.same_memory(out, x_in) else x_in
+    kept = None if out is not None and check.shares_memory(out, x_in) else x_in
     saved = Saved(kept, ch, mean, var, rstd, count, gamma64, beta64, _param_dtype(gamma, x_in), relu=relu,
                   has_residual=residual is not None, mask=mask)  # fmt: skip
     return y, saved
@@ -216,7 +217,7 @@ def batch_norm_infer(
     mean64, var64 = check.given_channels("mean", mean, c), check.given_channels("var", var, c)
     gamma64, beta64 = check.channels("gamma", gamma, c), check.channels("beta", beta, c)
     eps = check.inference_eps(eps)
-    check.positive_variance(var64, eps)
+    check.positive_variance(var64, eps, kernels.first_not_positive(var64, eps))
     relu = check.activation(activation)
     if residual is not None:
         residual = check.like("residual", residual, shape, x_in.dtype)
@@ -344,8 +345,7 @@ class Moments:
         result = cls(x_in.shape[ch], axis=axis)
         if x_in.size:
             result.count = x_in.size // x_in.shape[ch]
-            views = layout.plan(ch, x_in) or layout.plan(ch, np.ascontiguousarray(x_in))
-            kernels.moments(views[0], result.mean, result.m2, threads)
+            kernels.moments(layout.view(ch, x_in), result.mean, result.m2, threads)
         return result
 
     def update(self, x: Any) -> Moments:

@@ -183,7 +183,8 @@ class Optimizer:
             raise ValueError(f"grads{where}: expected shape {p.shape}, got {g.shape}")
         if g.dtype.newbyteorder("=") != p.dtype:
             raise ValueError(f"grads{where}: expected dtype {p.dtype}, got {g.dtype}")
-        if any(check.shares_memory(g, other) for other in self._params):
+        near = self._table.near(*np.lib.array_utils.byte_bounds(g))  # one search, where a comparison with each is long
+        if near and any(check.shares_memory(g, other) for other in self._params):
             raise ValueError(f"grads{where}: expected memory apart from the parameters, got an array that overlaps one")
         return g.astype(p.dtype, order="C")
 
@@ -480,3 +481,128 @@ class AdamW(Adam):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, eps_inside_sqrt, clip_value, clip_norm, clip_global_norm, schedule
         )
+
+
+def project_max_norm(
+    params: Iterable[np.ndarray] | Mapping[Any, np.ndarray], max_norm: float, axis: int | None = None
+) -> None:
+    """Project arrays in place onto ‖w‖₂ ≤ c, to be called after a step: w ← w·c/‖w‖₂ where ‖w‖₂ > c.
+
+    Parameters
+    ----------
+    params : list or dict of ndarray
+        Floating-point arrays, writable; any strides.
+    max_norm : float
+        c > 0.
+    axis : int, optional
+        The axis of the output units: each of its slices is projected by its own norm (0 for weights of shape
+        (out, in, …), 1 for (in, out)). None takes the norm of the whole array.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where an array is read-only, not of floating point, or has no such axis. Nothing has changed then.
+
+    Notes
+    -----
+    Norms are computed in float64 and products rounded once; slices within the limit keep their bits, and so do slices that hold
+    NaN or infinity (Srivastava et al. 2014, §5.1).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.optim import project_max_norm
+    >>> w = np.array([[3.0, 4.0], [0.0, 0.5]])
+    >>> project_max_norm([w], 1.0, axis=0)
+    >>> w.tolist()
+    [[0.6, 0.8], [0.0, 0.5]]
+    """
+    c = check.number("max_norm", max_norm, _POSITIVE, 0.0, open_low=True)
+    named = _named("params", params)
+    for name, w in named.items():
+        _check_array(name, w)
+        if axis is not None and not -w.ndim <= check.count("axis", axis, None) < w.ndim:
+            raise ValueError(f"axis: expected an axis of every array, got {axis} for {name} of shape {w.shape}")
+    for w in named.values():
+        others = None if axis is None else tuple(k for k in range(w.ndim) if k != axis % w.ndim)
+        wide = w.astype(np.float64)
+        peak = np.max(np.abs(wide), axis=others, keepdims=True, initial=0.0)
+        exponent = np.where(np.isfinite(peak), np.frexp(peak)[1], 0)  # scaling by 2**-exponent keeps squares in range
+        with np.errstate(all="ignore"):  # a limit beyond float64 after scaling, and what is not finite
+            norm = np.sqrt(np.sum(np.ldexp(wide, -exponent) ** 2, axis=others, keepdims=True))
+            limit = np.ldexp(c, -exponent)
+            above = (norm > limit) & np.isfinite(peak)
+            projected = (wide * (limit / norm)).astype(w.dtype)
+        np.copyto(w, projected, where=above)
+
+
+def _named(argument: str, arrays: Iterable[Any] | Mapping[Any, Any]) -> dict[str, Any]:
+    """Return {"params[3]" or "params['w']": array} of a list or dict of arrays."""
+    if isinstance(arrays, Mapping):
+        named = {f"{argument}[{key!r}]": array for key, array in arrays.items()}
+    elif isinstance(arrays, Iterable) and not isinstance(arrays, (np.ndarray, str)):
+        named = {f"{argument}[{i}]": array for i, array in enumerate(arrays)}
+    else:
+        raise TypeError(f"{argument}: expected a list or dict of arrays, got {type(arrays).__name__}")
+    if not named:
+        raise ValueError(f"{argument}: expected one array or more, got none")
+    return named
+
+
+def _check_array(name: str, p: Any) -> None:
+    """Refuse what cannot be updated in place: no array, not of a kernel's dtype, or read-only."""
+    if not isinstance(p, np.ndarray) or isinstance(p, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a NumPy array, to be updated in place, got {type(p).__name__}")
+    if p.dtype.name not in optim_kernels.DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {p.dtype}")
+    if not p.flags.writeable:
+        raise ValueError(f"{name}: expected a writable array, got a read-only one")
+
+
+def _check_params(named: dict[str, Any]) -> None:
+    """Refuse what the kernels cannot walk through, and arrays that share memory."""
+    for name, p in named.items():
+        _check_array(name, p)
+        if not p.flags.c_contiguous:
+            raise ValueError(f"{name}: expected a C-contiguous array, got strides {p.strides} for shape {p.shape}")
+        if not p.flags.aligned or not p.dtype.isnative:
+            raise ValueError(f"{name}: expected aligned memory in native byte order, got dtype {p.dtype.str}")
+    ranges = sorted((p.ctypes.data, p.ctypes.data + p.nbytes, name) for name, p in named.items() if p.size)
+    for (_, end, first), (start, _, second) in zip(ranges, ranges[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{second}: expected arrays that share no memory, got one that overlaps {first}")
+
+
+def _new_state(params: list[np.ndarray], slots: tuple[str | None, ...]) -> list[list[np.ndarray | None]]:
+    """Return for every parameter its zeroed slots (None where the method has none) and its float32 master or None.
+
+    The state of all parameters of a precision is one block of memory, in which that of a parameter stands together:
+    many small arrays are then a few pages, and every array starts a cache line.
+    """
+    state: list[list[np.ndarray | None]] = [[] for _ in params]
+    for dtype in {check.real(p.dtype) for p in params}:
+        mine = [i for i, p in enumerate(params) if check.real(p.dtype) == dtype]
+        line = _CACHE_LINE // dtype.itemsize
+        wanted = [(i, name is not None) for i in mine for name in slots]
+        wanted += [(i, check.is_half(params[i].dtype)) for i in mine]
+        padded = sum(-(-params[i].size // line) * line for i, there in wanted if there)
+        block = np.zeros(padded + line, dtype)
+        start = -block.ctypes.data % _CACHE_LINE // dtype.itemsize
+        for i, there in wanted:
+            size = params[i].size
+            state[i].append(block[start : start + size].reshape(params[i].shape) if there else None)
+            start += -(-size // line) * line if there else 0
+    for p, arrays in zip(params, state, strict=True):
+        if arrays[-1] is not None:
+            arrays[-1][...] = p
+    return state
+
+
+def _below_one(name: str, value: float) -> float:
+    return check.number(name, value, "a number in [0, 1)", 0.0, math.nextafter(1.0, 0.0))
+
+
+def _inside_and_outside(eps: float, eps_inside_sqrt: bool) -> tuple[float, float]:
+    """Return eps as the kernels take it: what is added inside the root, and outside."""
+    eps = check.number("eps", eps, _NOT_NEGATIVE, 0.0)
+    return (eps, 0.0) if eps_inside_sqrt else (0.0, eps)

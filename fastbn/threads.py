@@ -129,7 +129,7 @@ def num_threads(n: int) -> Iterator[None]:
 
 
 def budget(elements: int, requested: int | None = None) -> int:
-    """Return the threads for a call on that many elements; `requested` (a call's ``num_threads=``) is taken as it is."""
+    """Return the threads for a call on that many elements; `requested` (its ``num_threads=``) is taken as it is."""
     global _used_threads
     if requested is None:
         n = elements // ELEMENTS_PER_THREAD

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import platform
 from pathlib import Path
 
@@ -102,7 +101,6 @@ def test_every_set_gives_the_same_bytes():
     for isa in dispatch.available():
         chosen, module, digests[isa] = run_python(DIGEST, FASTBN_ISA=isa).stdout.split()
         assert (chosen, module) == (isa, f"fastbn._core._kernels_{isa}")
-    assert len(digests) >= 1
     assert len(set(digests.values())) == 1, digests
 
 
@@ -176,13 +174,13 @@ def test_show_config_prints_one_line_per_entry(capsys, monkeypatch):
     for name, size in (("L1", 48 << 10), ("L2", 1 << 20), ("L3", 96 << 20)):
         monkeypatch.setattr(caches, name, size)
     with fastbn.num_threads(3):
-        config = fastbn.show_config()
+        fastbn.show_config()
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     shown = {key: value.strip() for key, value in lines.items()}
     assert shown == {
         "instruction set": dispatch.isa,
         "instruction sets available": ", ".join(dispatch.available()),
-        "threads": str(config["threads"]),
+        "threads": "3" if openmp.version() else "1",
         "openmp": str(openmp.version() or "no: every call uses one thread"),
         "caches": "L1 48 KiB, L2 1 MiB, L3 96 MiB",
         "versions": f"fastbn {fastbn.__version__}, numpy {np.__version__}, python {platform.python_version()}",
@@ -229,9 +227,3 @@ def test_a_cache_line_not_understood_leaves_the_typical_size(tmp_path, size):
 def test_caches_in_use_are_positive_and_grow():
     assert 0 < caches.L1 <= caches.L2
     assert caches.L3 > 0
-
-
-def test_neither_set_nor_caches_leak_into_the_environment():
-    before = dict(os.environ)
-    fastbn.show_config()
-    assert dict(os.environ) == before

@@ -26,7 +26,7 @@ def real(dtype: np.dtype) -> np.dtype:
 
 
 def view(name: str, value: Any) -> np.ndarray:
-    """Return `value` as an ndarray that shares its memory where it can: ndarray, ``__array__``, ``__dlpack__``, list."""
+    """Return `value` as an ndarray that shares its memory where it can: ``__array__``, ``__dlpack__``, list."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected {_EXPECTED}, got a masked array, whose mask would be ignored")
     try:
@@ -41,7 +41,7 @@ def array(name: str, value: Any) -> np.ndarray:
     """Return data the kernels read: a supported dtype in native byte order, aligned; integers become float64."""
     x = value if type(value) is np.ndarray else view(name, value)
     dtype = x.dtype
-    if dtype in _NATIVE and dtype.isnative:
+    if dtype in _NATIVE:  # in native byte order: another one is another dtype
         return x if x.flags.aligned else x.copy()
     if dtype.kind in "iub":
         return x.astype(np.float64)
@@ -107,12 +107,13 @@ def _overlaps_itself(a: np.ndarray) -> bool:
 
 def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
     """Say whether two arrays of one shape and dtype are the very same elements in the same order."""
-    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides)
+    return a is b or (a.strides == b.strides and a.ctypes.data == b.ctypes.data)
 
 
 def output(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype, may_be: tuple[str, np.ndarray], apart: tuple[str, np.ndarray | None]
-) -> np.ndarray:
+    out: Any, shape: tuple[int, ...], dtype: np.dtype, may_be: tuple[str, np.ndarray],
+    apart: tuple[str, np.ndarray | None],
+) -> np.ndarray:  # fmt: skip
     """Return `out` if results can be written there: it may be exactly one input, and may not touch the other."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
@@ -125,8 +126,8 @@ def output(
     if not out.flags.c_contiguous and _overlaps_itself(out):
         raise ValueError(f"out: expected elements that share no memory, got strides {out.strides} for shape {shape}")
     name, same = may_be
-    if not same_memory(out, same) and shares_memory(out, same):
-        raise ValueError(f"out: expected {name} itself or memory apart from it, got an array that overlaps {name} in part")
+    if out is not same and shares_memory(out, same) and not same_memory(out, same):
+        raise ValueError(f"out: expected {name} itself or memory apart from it, got one that overlaps {name} in part")
     name, other = apart
     if other is not None and shares_memory(out, other):
         raise ValueError(f"out: expected memory apart from {name}, got an array that overlaps {name}")
@@ -136,14 +137,18 @@ def output(
 def shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
     """Say whether two arrays share an element; where that is too hard to find out, assume so."""
     try:
-        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
-def number(name: str, value: Any, expected: str, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+def number(
+    name: str, value: Any, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
     """Return a finite real number in [low, high], or (low, high]."""
-    if isinstance(value, (bool, str, bytes)) or isinstance(value, complex):
+    if type(value) is float and low < value < high:
+        return value
+    if isinstance(value, (bool, np.bool_, str, bytes, complex)):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
         x = float(value)
@@ -199,12 +204,10 @@ def activation(value: Any) -> bool:
     return value is not None and choice("activation", value, (None, "relu")) == "relu"
 
 
-def positive_variance(var: np.ndarray, eps: float) -> None:
-    """Refuse a channel without a standard deviation; NaN passes, and stays in its channel."""
-    bad = var + eps <= 0
-    if bad.any():
-        channel = int(bad.argmax())
-        raise ValueError(f"var: expected var + eps > 0, got {var[channel]!r} + {eps!r} in channel {channel}")
+def positive_variance(var: np.ndarray, eps: float, channel: int) -> None:
+    """Raise for a channel without a standard deviation, unless there is none (-1)."""
+    if channel >= 0:
+        raise ValueError(f"var: expected var + eps > 0, got {float(var[channel])} + {eps} in channel {channel}")
 
 
 def enough_values(count: int, shape: tuple[int, ...]) -> None:

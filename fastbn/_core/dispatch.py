@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import cpu
 
@@ -43,5 +44,8 @@ def load(source: str, isa: str) -> ModuleType:
 
 
 isa: str = _choose()
-kernels = load("kernels", isa)
-#optim_kernels = load("optim_kernels", isa)
+if TYPE_CHECKING:
+    from . import kernels, optim_kernels
+else:
+    kernels = load("kernels", isa)
+    optim_kernels = load("optim_kernels", isa)

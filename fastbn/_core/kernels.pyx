@@ -141,7 +141,8 @@ cdef inline Block block_of(const Job* job, Py_ssize_t b) noexcept nogil:
     return block
 
 
-cdef inline char* element(const Job* job, const View* v, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j) noexcept nogil:
+cdef inline char* element(const Job* job, const View* v, Py_ssize_t i, Py_ssize_t ch,
+                          Py_ssize_t j) noexcept nogil:
     # address of element (i, ch, j); NULL where there is no such array
     return NULL if v.data == NULL else v.data + i * v.n_stride + ch * v.c_stride + j * job.spans.itemsize
 
@@ -323,7 +324,8 @@ cdef void write_block_rc(const Job* job, run_function run, Py_ssize_t b, Py_ssiz
     cdef Py_ssize_t c = job.x.c, ch = tile * job.tile
     cdef Py_ssize_t row = c * job.spans.itemsize
     cdef Py_ssize_t i = block.row, end = block.row + block.rows
-    if (job.x.n_stride == row and job.out.n_stride == row and (job.residual.data == NULL or job.residual.n_stride == row)
+    if (job.x.n_stride == row and job.out.n_stride == row
+            and (job.residual.data == NULL or job.residual.n_stride == row)
             and (job.dy.data == NULL or job.dy.n_stride == row)):
         while i + job.side <= end and job.side > 1:
             run(job, i, 0, 0, job.side * c)
@@ -425,11 +427,21 @@ cdef void reduce_blockwise(const Job* job) noexcept nogil:
 
 # ---- entries -----------------------------------------------------------------------------------------------------
 
+def first_not_positive(var, double eps):
+    """Return the first channel with var + eps <= 0, or -1. NaN passes: it stays in its channel."""
+    cdef const double* v = vector(var)
+    cdef Py_ssize_t ch
+    for ch in range(cnp.PyArray_DIM(<cnp.ndarray> var, 0)):
+        if v[ch] + eps <= 0:
+            return ch
+    return -1
+
+
 def moments(x, mean, m2, int threads):
     """IN x · OUT mean, m2: float64 (c,)."""
     cdef Job job
     cdef Py_ssize_t ch
-    memory = lay_out(&job, x, threads)  # noqa: F841 - owns the scratch
+    _scratch = lay_out(&job, x, threads)  # owns what job points to
     job.dy = view_of(None)
     job.out = view_of(None)
     job.mean = vector(mean)
@@ -447,7 +459,7 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, int
     """IN x, residual or None; gamma, beta or None, mean, var: float64 (c,) · OUT y, may be x."""
     cdef Job job
     cdef Py_ssize_t ch
-    memory = lay_out(&job, x, threads)  # noqa: F841
+    _scratch = lay_out(&job, x, threads)
     job.residual = view_of(residual)
     job.dy = view_of(None)
     job.out = view_of(y)
@@ -469,7 +481,7 @@ def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu,
     """IN x, residual or None, gamma, beta or None · OUT y, may be x; mean, var, rstd: float64 (c,)."""
     cdef Job job
     cdef Py_ssize_t ch
-    memory = lay_out(&job, x, threads)  # noqa: F841
+    _scratch = lay_out(&job, x, threads)
     job.residual = view_of(residual)
     job.dy = view_of(None)
     job.out = view_of(y)
@@ -498,7 +510,7 @@ def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint 
     """IN dy, x; gamma, beta or None, mean, rstd: float64 (c,) · OUT dx, may be dy; dgamma, dbeta: float64 (c,)."""
     cdef Job job
     cdef Py_ssize_t ch
-    memory = lay_out(&job, x, threads)  # noqa: F841
+    _scratch = lay_out(&job, x, threads)
     job.residual = view_of(None)
     job.dy = view_of(dy)
     job.out = view_of(dx)

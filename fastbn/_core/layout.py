@@ -8,6 +8,7 @@ since an element must meet the same element of the others. The order of the valu
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -70,7 +71,7 @@ def _plan_strided(axis: int, arrays: tuple[np.ndarray | None, ...]) -> tuple[np.
 
 def arrange(
     axis: int, inputs: tuple[np.ndarray | None, ...], out: np.ndarray
-) -> tuple[tuple[np.ndarray | None, ...], np.ndarray, np.ndarray | None]:
+) -> tuple[tuple[Any, ...], np.ndarray, np.ndarray | None]:
     """Return (canonical inputs, canonical output, what is to be copied into `out` afterwards or None).
 
     Arrays are copied only where no canonical views exist.
@@ -82,6 +83,12 @@ def arrange(
     result = aligned_empty(out.shape, out.dtype)
     *canonical, view = plan(axis, *copies, result)  # type: ignore[misc]
     return tuple(canonical), view, result  # type: ignore[return-value]
+
+
+def view(axis: int, x: np.ndarray) -> np.ndarray:
+    """Return one canonical input; a copy only where no canonical view exists."""
+    views = plan(axis, x) or plan(axis, np.ascontiguousarray(x))
+    return views[0]  # type: ignore[index,return-value]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -144,14 +144,13 @@ cdef class Table:
         cdef int layout = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
         for i in range(first, self.count):
             p = <cnp.ndarray> PyList_GET_ITEM(self.params, i)
-            if cnp.PyArray_DATA(p) != self.parameter[i].p or cnp.PyArray_SIZE(p) != self.parameter[i].size \
-                    or not cnp.PyArray_ISWRITEABLE(p):
+            if not self.held(i, p) or not cnp.PyArray_ISWRITEABLE(p):
                 return i
             item = <object> PyList_GET_ITEM(grads, i)
             if item is None:
                 self.parameter[i].g = NULL
                 continue
-            if not cnp.PyArray_Check(item):
+            if not cnp.PyArray_CheckExact(item):
                 return i
             g = <cnp.ndarray> item
             data = cnp.PyArray_DATA(g)
@@ -165,6 +164,17 @@ cdef class Table:
                 self.apart[i] = data
             self.parameter[i].g = data
         return -1
+
+    def holds(self, Py_ssize_t i):
+        """Say whether parameter i still has the memory it had at the start."""
+        return self.held(i, self.params[i])
+
+    cdef inline bint held(self, Py_ssize_t i, cnp.ndarray p) noexcept:
+        return cnp.PyArray_DATA(p) == self.parameter[i].p and cnp.PyArray_SIZE(p) == self.parameter[i].size
+
+    def near(self, uintptr_t low, uintptr_t high):
+        """Say whether a parameter has memory between two addresses."""
+        return self.touches(low, high - low)
 
     cdef bint touches(self, uintptr_t low, Py_ssize_t nbytes) noexcept:
         """Say whether a stretch of memory overlaps a parameter: bisect for the first one that ends above it."""

@@ -203,8 +203,8 @@ INLINE R FN(prepared)(R g, R p, const FN(scalars) k) {
 
 /* β·old + (1−β)·fresh. Near 1, β and 1−β rounded to float32 no longer add up to 1 (0.999: off by 1.3e-5 of 1−β, and
  * so is the average), but old + (1−β)(fresh − old) needs only 1−β; for small β the plain form cancels nothing. */
-INLINE R FN(average)(R old, R fresh, R beta, R weight) {
-    return beta < (R)0.5 ? beta * old + weight * fresh : old + weight * (fresh - old);
+INLINE R FN(average)(R old, R fresh, R beta, R weight, const int near_one) {
+    return near_one || beta >= (R)0.5 ? old + weight * (fresh - old) : beta * old + weight * fresh;
 }
 
 /* v ← μv + (1−d)g;  p ← p − lr·(v, or g + μv for Nesterov, or g without momentum) */
@@ -233,13 +233,13 @@ static void FN(sgd)(void *p, const void *g, void *const *state, ptrdiff_t start,
 /* s ← ρs + (1−ρ)g²;  p ← p − lr·g/√s, centered: s − ḡ² for s, with momentum: v ← μv + g/√s, p ← p − lr·v */
 INLINE void FN(rmsprop_body)(R *restrict p, const R *restrict g, R *restrict square_avg, R *restrict momentum_buffer,
                              R *restrict grad_avg, ptrdiff_t n, const FN(scalars) k, const int momentum,
-                             const int centered) {
+                             const int centered, const int near_one) {
     for (ptrdiff_t i = 0; i < n; i++) {
         const R x = FN(prepared)(g[i], p[i], k);
-        R s = FN(average)(square_avg[i], x * x, k.beta2, k.weight2);
+        R s = FN(average)(square_avg[i], x * x, k.beta2, k.weight2, near_one);
         square_avg[i] = s;
         if (centered) {
-            const R mean = FN(average)(grad_avg[i], x, k.beta2, k.weight2);
+            const R mean = FN(average)(grad_avg[i], x, k.beta2, k.weight2, near_one);
             grad_avg[i] = mean;
             s -= mean * mean;
             s = s < 0 ? 0 : s; /* a constant gradient: rounding can leave less than nothing. NaN stays. */
@@ -258,20 +258,21 @@ static void FN(rmsprop)(void *p, const void *g, void *const *state, ptrdiff_t st
     const FN(scalars) k = FN(rounded)(rule, scale);
     R *const square_avg = (R *)state[0] + start, *const momentum_buffer = state[1], *const grad_avg = state[2];
     if (momentum_buffer && grad_avg)
-        FN(rmsprop_body)(p, g, square_avg, momentum_buffer + start, grad_avg + start, n, k, 1, 1);
-    else if (momentum_buffer) FN(rmsprop_body)(p, g, square_avg, momentum_buffer + start, NULL, n, k, 1, 0);
-    else if (grad_avg) FN(rmsprop_body)(p, g, square_avg, NULL, grad_avg + start, n, k, 0, 1);
-    else FN(rmsprop_body)(p, g, square_avg, NULL, NULL, n, k, 0, 0);
+        FN(rmsprop_body)(p, g, square_avg, momentum_buffer + start, grad_avg + start, n, k, 1, 1, 0);
+    else if (momentum_buffer) FN(rmsprop_body)(p, g, square_avg, momentum_buffer + start, NULL, n, k, 1, 0, 0);
+    else if (grad_avg) FN(rmsprop_body)(p, g, square_avg, NULL, grad_avg + start, n, k, 0, 1, 0);
+    else FN(rmsprop_body)(p, g, square_avg, NULL, NULL, n, k, 0, 0, 0);
 }
 
 /* v ← β₁v + (1−β₁)g;  s ← β₂s + (1−β₂)g²;  p ← p − lr·v̂/√ŝ, AMSGrad: the largest s so far in place of s.
  * Decoupled decay is subtracted in the same rounding: p·(1 − lr·λ) would round 1 − lr·λ, by 3e-8 of some 1e-5. */
 INLINE void FN(adam_body)(R *restrict p, const R *restrict g, R *restrict exp_avg, R *restrict exp_avg_sq,
-                          R *restrict max_exp_avg_sq, ptrdiff_t n, const FN(scalars) k, const int amsgrad) {
+                          R *restrict max_exp_avg_sq, ptrdiff_t n, const FN(scalars) k, const int amsgrad,
+                          const int near_one) {
     for (ptrdiff_t i = 0; i < n; i++) {
         const R x = FN(prepared)(g[i], p[i], k);
-        const R v = FN(average)(exp_avg[i], x, k.beta1, k.weight1);
-        R s = FN(average)(exp_avg_sq[i], x * x, k.beta2, k.weight2);
+        const R v = FN(average)(exp_avg[i], x, k.beta1, k.weight1, near_one);
+        R s = FN(average)(exp_avg_sq[i], x * x, k.beta2, k.weight2, near_one);
         exp_avg[i] = v;
         exp_avg_sq[i] = s;
         if (amsgrad) {
@@ -287,8 +288,11 @@ static void FN(adam)(void *p, const void *g, void *const *state, ptrdiff_t start
                      const optim_rule *rule) {
     const FN(scalars) k = FN(rounded)(rule, scale);
     R *const exp_avg = (R *)state[0] + start, *const exp_avg_sq = (R *)state[1] + start;
-    if (state[2]) FN(adam_body)(p, g, exp_avg, exp_avg_sq, (R *)state[2] + start, n, k, 1);
-    else FN(adam_body)(p, g, exp_avg, exp_avg_sq, NULL, n, k, 0);
+    if (k.beta1 < (R)0.5 || k.beta2 < (R)0.5) {
+        if (state[2]) FN(adam_body)(p, g, exp_avg, exp_avg_sq, (R *)state[2] + start, n, k, 1, 0);
+        else FN(adam_body)(p, g, exp_avg, exp_avg_sq, NULL, n, k, 0, 0);
+    } else if (state[2]) FN(adam_body)(p, g, exp_avg, exp_avg_sq, (R *)state[2] + start, n, k, 1, 1);
+    else FN(adam_body)(p, g, exp_avg, exp_avg_sq, NULL, n, k, 0, 1);
 }
 
 /* Σ (unit·g)²: LANES partial sums, added up as a fixed tree. The square of a float32 is exact in float64. */
