@@ -1,7 +1,7 @@
 """Learning-rate schedules: functions from the step, counted from 0, to the learning rate.
 
-Any callable of that kind will do as an optimizer's ``schedule``; these are the customary ones. Each may begin with a
-linear warm-up of w steps, lr₀·(t+1)/(w+1), after which the schedule proper starts with its own t = 0.
+Any callable of that kind will do as an optimizer's ``schedule``; these are the customary ones. Each may begin
+with a linear warm-up of w steps, lr₀·(t+1)/(w+1), after which the schedule proper starts with its own t = 0.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def cosine(lr: float, steps: int, final: float = 0.0, *, warmup: int = 0) -> Sch
     [1.0, 0.854, 0.5, 0.0, 0.0]
     """
     lr, final, steps = _rate("lr", lr), _rate("final", final), check.count("steps", steps)
-    return _warmed(lr, warmup, lambda t: final + (lr - final) * (1 + math.cos(math.pi * min(t / steps, 1.0))) / 2)
+    fall = lr - final
+    return _warmed(lr, warmup, lambda t: final + fall * (1 + math.cos(math.pi * min(t / steps, 1.0))) / 2)
 
 
 def _rate(name: str, value: float) -> float:

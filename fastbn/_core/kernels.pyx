@@ -3,6 +3,8 @@
 
 Every entry takes canonical arrays from layout.py, already checked; their number of dimensions says the layout:
 3-D is ncs (batch, channel, contiguous run), 2-D is rc (rows, contiguous channels). Other strides are free.
+Two ways to sum: a channel's long runs one after the other (ncs), or columns side by side down the rows (rc, and ncs with
+short runs, where a channel has s columns).
 
 Blocks are fixed by the shape alone and merged in their order, so the number of threads never changes a bit.
 Nothing here raises; inside a parallel region nothing allocates or takes the GIL.
@@ -19,7 +21,7 @@ from .caches import L2, L3
 cnp.import_array()
 
 cdef extern from "spans.h" nogil:
-    enum: PARAMETERS, LANES
+    enum: DBETA_MEAN, PARAMETERS, LANES, ROW_GROUP, LINE
 
     ctypedef struct span_table:
         Py_ssize_t itemsize
@@ -27,20 +29,24 @@ cdef extern from "spans.h" nogil:
         void (*prepare)(Py_ssize_t c, const double* mean, const double* rstd, const double* gamma,
                         const double* beta, const double* dbeta_mean, const double* dgamma_mean,
                         void* parameters, Py_ssize_t pitch) noexcept nogil
-        void (*repeat)(void* parameters, Py_ssize_t pitch, Py_ssize_t filled, Py_ssize_t total) noexcept nogil
+        void (*expand)(void* parameters, Py_ssize_t pitch, int count, Py_ssize_t c, Py_ssize_t s,
+                       Py_ssize_t total) noexcept nogil
         void (*moments_ncs)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len, Py_ssize_t ahead,
                             double* mean, double* m2) noexcept nogil
-        void (*moments_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c, Py_ssize_t k,
-                           double* work, Py_ssize_t wide, double* mean, double* m2) noexcept nogil
+        void (*moments_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c_stride, Py_ssize_t c,
+                           Py_ssize_t s, Py_ssize_t k, double* work, Py_ssize_t wide, double* mean,
+                           double* m2) noexcept nogil
         void (*normalize)(const char* x, const char* residual, char* y, Py_ssize_t n, const void* parameters,
                           Py_ssize_t pitch, int varying, int relu, int stream) noexcept nogil
         void (*reduce_ncs)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
                            Py_ssize_t x_stride, Py_ssize_t len, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
-                           double mean, const void* parameters, double* sums, int relu) noexcept nogil
+                           double mean, const void* parameters, double* sum, double* product,
+                           int relu) noexcept nogil
         void (*reduce_rc)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
-                          Py_ssize_t x_stride, Py_ssize_t c, Py_ssize_t k, const double* mean,
-                          const void* parameters, Py_ssize_t pitch, double* work, Py_ssize_t wide,
-                          double* sum, double* product, int relu) noexcept nogil
+                          Py_ssize_t dy_c_stride, Py_ssize_t x_stride, Py_ssize_t x_c_stride, Py_ssize_t c,
+                          Py_ssize_t s, Py_ssize_t k, const double* mean, const void* parameters,
+                          Py_ssize_t pitch, double* work, Py_ssize_t wide, double* sum, double* product,
+                          int relu) noexcept nogil
         void (*backward)(const char* dy, const char* x, char* dx, Py_ssize_t n, const void* parameters,
                          Py_ssize_t pitch, int varying, int relu, int frozen, int stream) noexcept nogil
 
@@ -51,17 +57,15 @@ cdef extern from "spans.h" nogil:
     void stream_fence()
     void copy_span(const char* source, char* target, Py_ssize_t size, int stream)
 
-# Part of the numerical contract, for they fix the order of the sums: elements of a block …
+# Part of the numerical contract, for they fix the order of the sums
 cdef enum:
-    BLOCK_NCS = 16384
+    BLOCK_NCS = 16384   # elements of a block
     BLOCK_RC = 131072
-# … and short rows are summed side by side until they are this wide
-    SIDE_BY_SIDE = 256
+    SIDE_BY_SIDE = 256  # short rows are summed side by side until they are this wide
+    SHORT_RUN = 256     # runs up to this length are summed as columns of layout rc
+    COLUMNS = 1024      # of layout rc that one task takes, so that their sums and parameters stay in L1
 
-# Not part of it: columns of layout rc that one task takes, so that their sums and parameters stay in L1
-cdef enum:
-    COLUMNS = 1024
-
+# Not part of it
 cdef Py_ssize_t L2_BYTES = L2
 cdef Py_ssize_t L3_BYTES = L3
 
@@ -100,12 +104,12 @@ cdef struct Job:
     # one call: its arrays, how they are cut, its vectors and its scratch
     const span_table* spans
     View x, residual, dy, out    # out: y or dx
-    int ncs                      # the layout: ncs or rc
-    Py_ssize_t block_rows        # runs (ncs) or rows (rc) of a block
-    Py_ssize_t pieces, piece     # ncs: a run longer than a block is cut into pieces of this length
+    int by_columns               # or by runs
+    Py_ssize_t block_rows        # rows of a block
+    Py_ssize_t pieces, piece     # by runs: one longer than a block is cut into pieces of this length
     Py_ssize_t blocks            # of a channel
-    Py_ssize_t side              # rc: rows summed side by side
-    Py_ssize_t tiles, tile       # rc: column tiles, their width
+    Py_ssize_t side              # by columns: rows summed side by side
+    Py_ssize_t tiles, tile       # parts of the channels and their size; by runs, each channel is one
     # float64 (c,)
     double* gamma
     double* beta
@@ -120,9 +124,9 @@ cdef struct Job:
     double* second               # (blocks, c): M2, or Σdy·(x - mean)
     double* dbeta_mean           # (c,)
     double* dgamma_mean          # (c,)
-    double* work                 # rc: (threads, 3, wide)
+    double* work                 # by columns: (threads, 3, wide)
     Py_ssize_t wide
-    char* parameters             # ncs: (c, PARAMETERS), pitch 1 · rc: (PARAMETERS, pitch)
+    char* parameters             # (PARAMETERS, pitch) of each channel by runs, of each thread by columns
     Py_ssize_t pitch
     # how
     int relu, frozen, stream, prefetch, threads
@@ -147,282 +151,303 @@ cdef inline char* element(const Job* job, const View* v, Py_ssize_t i, Py_ssize_
     return NULL if v.data == NULL else v.data + i * v.n_stride + ch * v.c_stride + j * job.spans.itemsize
 
 
-cdef inline char* parameters_of(const Job* job, Py_ssize_t ch) noexcept nogil:
-    # where the spans read the parameters of channel ch (ncs), or of the channels from ch on (rc)
-    return job.parameters + ch * job.spans.real_size * (PARAMETERS if job.ncs else 1)
+cdef inline Py_ssize_t channels_of(const Job* job, Py_ssize_t tile) noexcept nogil:
+    return min(job.tile, job.x.c - tile * job.tile)
 
 
-cdef inline Py_ssize_t ahead_of(const Job* job, Py_ssize_t ch) noexcept nogil:
-    # bytes to the next channel if it is to be fetched into L2 while this one is summed, else 0
-    return job.x.c_stride if job.prefetch and ch + 1 < job.x.c else 0
+cdef inline char* parameters_of(const Job* job, Py_ssize_t tile, int thread) noexcept nogil:
+    return job.parameters + (thread if job.by_columns else tile) * PARAMETERS * job.pitch * job.spans.real_size
+
+
+cdef inline double* work_of(const Job* job, int thread) noexcept nogil:
+    return job.work + 3 * job.wide * thread
 
 
 cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef void cut_runs(Job* job) noexcept nogil:
+    job.by_columns = False
+    job.side = job.tile = job.pieces = 1
+    job.piece = job.x.s
+    if job.x.s > BLOCK_NCS:
+        job.pieces = ceil_div(job.x.s, BLOCK_NCS)
+        job.piece = ceil_div(ceil_div(job.x.s, job.pieces), LANES) * LANES
+        job.pieces = ceil_div(job.x.s, job.piece)
+    job.block_rows = max(1, BLOCK_NCS // job.x.s)
+
+
+cdef void cut_columns(Job* job) noexcept nogil:
+    # A tile is a whole number of cache lines, where that does not make it much too wide.
+    cdef Py_ssize_t s = job.x.s, c = job.x.c
+    cdef Py_ssize_t even = LANES
+    while s % 2 == 0 and even > 1:
+        s //= 2
+        even //= 2
+    s = job.x.s
+    job.by_columns = True
+    job.pieces = 1
+    job.piece = s
+    job.side = max(1, min(SIDE_BY_SIDE // (c * s), job.x.n))
+    if even * s > 2 * COLUMNS:
+        even = 1
+    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, COLUMNS)), even) * even
+    job.block_rows = max(ROW_GROUP, BLOCK_RC // (job.side * min(c, job.tile) * s)) * job.side
+
+
 cdef object lay_out(Job* job, object x, int threads):
     # Fill in x, its geometry and the scratch; returns the owner of the scratch. Blocks depend on the shape alone.
     cdef cnp.ndarray array = x
     cdef cnp.ndarray memory
-    cdef Py_ssize_t c, doubles
+    cdef Py_ssize_t columns = 0, partial
     job.spans = spans_of(cnp.PyArray_ITEMSIZE(array), cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16)
     job.x = view_of(x)
-    job.ncs = cnp.PyArray_NDIM(array) == 3
+    job.residual = job.dy = job.out = view_of(None)
     job.threads = threads
-    c = job.x.c
-    job.pieces = 1
-    job.piece = job.x.s
-    job.side = job.tiles = 1
-    job.tile = c
-    job.wide = 0
-    if job.ncs:
-        if job.x.s > BLOCK_NCS:
-            job.pieces = ceil_div(job.x.s, BLOCK_NCS)
-            job.piece = ceil_div(ceil_div(job.x.s, job.pieces), LANES) * LANES
-            job.pieces = ceil_div(job.x.s, job.piece)
-        job.block_rows = max(1, BLOCK_NCS // job.x.s)
-        job.pitch = 1
-        doubles = PARAMETERS * c
+    job.relu = job.frozen = job.stream = job.prefetch = False
+    if cnp.PyArray_NDIM(array) == 2 or (job.x.s <= SHORT_RUN and job.x.n >= ROW_GROUP and job.x.c > 1):
+        cut_columns(job)
+        columns = job.side * min(job.x.c, job.tile) * job.x.s
     else:
-        job.side = max(1, min(SIDE_BY_SIDE // c, job.x.n))
-        job.tiles = ceil_div(c, COLUMNS)
-        job.tile = ceil_div(ceil_div(c, job.tiles), LANES) * LANES
-        job.tiles = ceil_div(c, job.tile)
-        job.block_rows = max(8, BLOCK_RC // (job.side * c)) * job.side
-        job.wide = ceil_div(job.side * min(c, job.tile), LANES) * LANES + LANES
-        job.pitch = ceil_div(job.side * c, LANES) * LANES + 4 * LANES
-        doubles = PARAMETERS * job.pitch
+        cut_runs(job)
+    job.tiles = ceil_div(job.x.c, job.tile)
     job.blocks = ceil_div(job.x.n, job.block_rows) * job.pieces
-    memory = np.empty(2 * job.blocks * c + 2 * c + 3 * job.wide * threads + doubles)
+    job.wide = ceil_div(columns, LANES) * LANES + LANES if job.by_columns else 0
+    job.pitch = job.wide + 4 * LANES if job.by_columns else 1
+    partial = job.blocks * job.x.c
+    memory = np.empty(2 * partial + 2 * job.x.c + 3 * threads * job.wide
+                      + (threads if job.by_columns else job.x.c) * PARAMETERS * job.pitch)
     job.first = <double*> cnp.PyArray_DATA(memory)
-    job.second = job.first + job.blocks * c
-    job.dbeta_mean = job.second + job.blocks * c
-    job.dgamma_mean = job.dbeta_mean + c
-    job.work = job.dgamma_mean + c
-    job.parameters = <char*> (job.work + 3 * job.wide * threads)
+    job.second = job.first + partial
+    job.dbeta_mean = job.second + partial
+    job.dgamma_mean = job.dbeta_mean + job.x.c
+    job.work = job.dgamma_mean + job.x.c
+    job.parameters = <char*> (job.work + threads * 3 * job.wide)
     return memory
 
 
+cdef inline int is_dense(const Job* job, const View* v) noexcept nogil:
+    return v.data == NULL or v.c_stride == job.x.s * job.spans.itemsize
+
+
+cdef inline int is_contiguous(const Job* job, const View* v) noexcept nogil:
+    return v.data == NULL or (is_dense(job, v) and v.n_stride == job.x.c * job.x.s * job.spans.itemsize)
+
+
 cdef void choose_paths(Job* job) noexcept nogil:
-    # Write past the cache what would not stay in it anyway, never where input and output are one array. Fetch the next
-    # channel while one is summed: that pass is bound by arithmetic, the writing one by memory (measured: 1.3× faster
-    # than fetching while writing, 1.5× than not at all).
+    # Write past the cache what would not stay in it anyway, never where input and output are one array, nor where runs
+    # share cache lines. Fetch the next channel while one is summed: that pass is bound by arithmetic, the writing one
+    # by memory (measured: 1.15× faster than fetching while writing, 1.5× than not at all).
     cdef Py_ssize_t size = job.x.n * job.x.c * job.x.s * job.spans.itemsize
-    cdef Py_ssize_t run = job.x.s * job.spans.itemsize
+    cdef Py_ssize_t run = job.x.s * job.spans.itemsize * (job.tile if job.by_columns else 1)
     cdef Py_ssize_t channel = job.x.n * job.x.s * job.spans.itemsize * (2 if job.dy.data != NULL else 1)
     job.stream = (2 * size > L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
-                  and (not job.ncs or run >= 4096 or run % 64 == 0))  # a line shared by two runs streams badly
-    job.prefetch = job.ncs and channel <= L2_BYTES
+                  and (run >= 4096 or run % LINE == 0 or job.x.s == 1))
+    job.prefetch = not job.by_columns and channel <= L2_BYTES
 
 
-cdef void prepare(const Job* job, Py_ssize_t ch, Py_ssize_t channels, int backward) noexcept nogil:
-    # Parameters of the element-wise spans: side by side for all channels (rc), or apart for each (ncs)
-    cdef Py_ssize_t i
-    if not job.ncs:
-        prepare_together(job, 0, channels, backward)
-        job.spans.repeat(job.parameters, job.pitch, channels, job.pitch)
-        return
-    for i in range(ch, ch + channels):
-        prepare_together(job, i, 1, backward)
-
-
-cdef void prepare_together(const Job* job, Py_ssize_t ch, Py_ssize_t channels, int backward) noexcept nogil:
+cdef void prepare(const Job* job, Py_ssize_t tile, int backward, int thread) noexcept nogil:
+    # Parameters of the element-wise spans for the channels of a tile
+    cdef Py_ssize_t ch = tile * job.tile, channels = channels_of(job, tile)
+    cdef char* parameters = parameters_of(job, tile, thread)
     job.spans.prepare(channels, job.mean + ch, job.rstd + ch, NULL if job.gamma == NULL else job.gamma + ch,
                       NULL if job.beta == NULL else job.beta + ch, job.dbeta_mean + ch if backward else NULL,
-                      job.dgamma_mean + ch if backward else NULL, parameters_of(job, ch), job.pitch)
+                      job.dgamma_mean + ch if backward else NULL, parameters, job.pitch)
+    if job.by_columns:
+        job.spans.expand(parameters, job.pitch, PARAMETERS if backward else DBETA_MEAN, channels, job.x.s, job.pitch)
 
 
-# ---- moments -----------------------------------------------------------------------------------------------------
+# ---- one block of one tile ---------------------------------------------------------------------------------------
 
-cdef void moments_block_ncs(const Job* job, Py_ssize_t b, Py_ssize_t ch, double* mean, double* m2) noexcept nogil:
-    cdef Block block = block_of(job, b)
-    job.spans.moments_ncs(element(job, &job.x, block.row, ch, block.start), block.rows, job.x.n_stride, block.len,
-                          ahead_of(job, ch), mean, m2)
-
-
-cdef void moments_block_rc(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
+cdef void moments_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
     cdef Block block = block_of(job, b)
     cdef Py_ssize_t ch = tile * job.tile
-    job.spans.moments_rc(element(job, &job.x, block.row, ch, 0), block.rows, job.x.n_stride,
-                         min(job.tile, job.x.c - ch), job.side, job.work + 3 * job.wide * thread, job.wide,
-                         job.first + b * job.x.c + ch, job.second + b * job.x.c + ch)
+    cdef Py_ssize_t ahead = job.x.c_stride if job.prefetch and ch + 1 < job.x.c else 0
+    cdef const char* x = element(job, &job.x, block.row, ch, block.start)
+    cdef double* mean = job.first + b * job.x.c + ch
+    cdef double* m2 = job.second + b * job.x.c + ch
+    if job.by_columns:
+        job.spans.moments_rc(x, block.rows, job.x.n_stride, job.x.c_stride, channels_of(job, tile), job.x.s, job.side,
+                             work_of(job, thread), job.wide, mean, m2)
+    else:
+        job.spans.moments_ncs(x, block.rows, job.x.n_stride, block.len, ahead, mean, m2)
 
 
-cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels, const double* mean, const double* m2,
-                       Py_ssize_t pitch) noexcept nogil:
-    # job.mean and job.var (as M2) of some channels from the moments of the blocks, in the order of the blocks
+cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
+    cdef Block block = block_of(job, b)
+    cdef Py_ssize_t ch = tile * job.tile
+    cdef Py_ssize_t ahead = job.x.c_stride if job.prefetch and ch + 1 < job.x.c else 0
+    cdef const char* x = element(job, &job.x, block.row, ch, block.start)
+    cdef const char* dy = element(job, &job.dy, block.row, ch, block.start)
+    cdef double* sum = job.first + b * job.x.c + ch
+    cdef double* product = job.second + b * job.x.c + ch
+    cdef char* parameters = parameters_of(job, tile, thread)
+    if job.relu:
+        prepare(job, tile, False, thread)  # the reduction computes the forward's sign again
+    if job.by_columns:
+        job.spans.reduce_rc(dy, x, block.rows, job.dy.n_stride, job.dy.c_stride, job.x.n_stride, job.x.c_stride,
+                            channels_of(job, tile), job.x.s, job.side, job.mean + ch, parameters, job.pitch,
+                            work_of(job, thread), job.wide, sum, product, job.relu)
+    else:
+        job.spans.reduce_ncs(dy, x, block.rows, job.dy.n_stride, job.x.n_stride, block.len,
+                             job.dy.c_stride if ahead else 0, ahead, job.mean[ch], parameters, sum, product, job.relu)
+
+
+cdef void write_run(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t len,
+                    const char* parameters) noexcept nogil:
+    # len elements of the output from (i, ch, j) on: y, or dx where there is a dy
+    if job.dy.data == NULL:
+        job.spans.normalize(element(job, &job.x, i, ch, j), element(job, &job.residual, i, ch, j),
+                            element(job, &job.out, i, ch, j), len, parameters, job.pitch, job.by_columns, job.relu,
+                            job.stream)
+    else:
+        job.spans.backward(element(job, &job.dy, i, ch, j), element(job, &job.x, i, ch, j),
+                           element(job, &job.out, i, ch, j), len, parameters, job.pitch, job.by_columns, job.relu,
+                           job.frozen, job.stream)
+
+
+cdef void write_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
+    # The output of a block, with the parameters of this thread: as long runs as the arrays allow
+    cdef Block block = block_of(job, b)
+    cdef Py_ssize_t ch = tile * job.tile, channels = channels_of(job, tile), s = job.x.s
+    cdef Py_ssize_t i = block.row, end = block.row + block.rows, q
+    cdef char* parameters = parameters_of(job, tile, thread)
+    if not job.by_columns:
+        for i in range(block.row, end):
+            write_run(job, i, ch, block.start, block.len, parameters)
+        return
+    if (job.side > 1 and is_contiguous(job, &job.x) and is_contiguous(job, &job.out)
+            and is_contiguous(job, &job.residual) and is_contiguous(job, &job.dy)):
+        while i + job.side <= end:
+            write_run(job, i, 0, 0, job.side * channels * s, parameters)
+            i += job.side
+    if (is_dense(job, &job.x) and is_dense(job, &job.out) and is_dense(job, &job.residual)
+            and is_dense(job, &job.dy)):
+        while i < end:
+            write_run(job, i, ch, 0, channels * s, parameters)
+            i += 1
+    while i < end:
+        for q in range(channels):
+            write_run(job, i, ch + q, 0, s, parameters + q * s * job.spans.real_size)
+        i += 1
+
+
+# ---- from blocks to channels -------------------------------------------------------------------------------------
+
+cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
+    # mean, var and rstd of some channels from the moments of their blocks, in the order of the blocks
     cdef Py_ssize_t b
     cdef Block block
     cdef double count = 0
     for b in range(job.blocks):
         block = block_of(job, b)
         merge_moments(channels, count, job.mean + ch, job.var + ch, <double> block.rows * block.len,
-                      mean + b * pitch, m2 + b * pitch)
+                      job.first + b * job.x.c + ch, job.second + b * job.x.c + ch)
         count += <double> block.rows * block.len
+    if job.rstd != NULL:
+        finish_moments(channels, count, job.eps, job.var + ch, job.var + ch, job.rstd + ch)
 
 
-cdef void moments_blockwise(const Job* job) noexcept nogil:
-    # Every (block, channel) or (block, tile) is a task of its own.
-    cdef Py_ssize_t t
-    cdef Py_ssize_t c = job.x.c
-    if job.ncs:
-        for t in prange(job.blocks * c, num_threads=job.threads, schedule="static"):
-            moments_block_ncs(job, t % job.blocks, t // job.blocks,
-                              job.first + t % job.blocks * c + t // job.blocks,
-                              job.second + t % job.blocks * c + t // job.blocks)
-    else:
-        for t in prange(job.blocks * job.tiles, num_threads=job.threads, schedule="static"):
-            moments_block_rc(job, t // job.tiles, t % job.tiles, threadid())
-    merge_blocks(job, 0, c, job.first, job.second, c)
-
-
-cdef void moments_channel(const Job* job, Py_ssize_t ch) noexcept nogil:
-    cdef Py_ssize_t b
-    cdef double* mean = job.first + ch * job.blocks
-    cdef double* m2 = job.second + ch * job.blocks
-    for b in range(job.blocks):
-        moments_block_ncs(job, b, ch, mean + b, m2 + b)
-    merge_blocks(job, ch, 1, mean, m2, 1)
-
-
-cdef int by_channel(const Job* job) noexcept nogil:
-    # Layout ncs with channels enough for the threads: one thread takes a channel through all its passes, in cache.
-    return job.ncs and (job.x.c % job.threads == 0 or job.x.c >= 8 * job.threads)
-
-
-# ---- forward -----------------------------------------------------------------------------------------------------
-
-cdef void output_run(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t len) noexcept nogil:
-    job.spans.normalize(element(job, &job.x, i, ch, j), element(job, &job.residual, i, ch, j),
-                        element(job, &job.out, i, ch, j), len, parameters_of(job, ch), job.pitch,
-                        not job.ncs, job.relu, job.stream)
-
-
-cdef void gradient_run(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t len) noexcept nogil:
-    job.spans.backward(element(job, &job.dy, i, ch, j), element(job, &job.x, i, ch, j),
-                       element(job, &job.out, i, ch, j), len, parameters_of(job, ch), job.pitch,
-                       not job.ncs, job.relu, job.frozen, job.stream)
-
-
-ctypedef void (*run_function)(const Job*, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t len) noexcept nogil
-
-
-cdef void write_channel(const Job* job, run_function run, Py_ssize_t ch) noexcept nogil:
-    # All of a channel (ncs); the end, read last, is written first.
-    cdef Py_ssize_t b, i
-    cdef Block block
-    for b in range(job.blocks):
-        block = block_of(job, job.blocks - 1 - b)
-        for i in range(block.row, block.row + block.rows):
-            run(job, i, ch, block.start, block.len)
-
-
-cdef void write_block_rc(const Job* job, run_function run, Py_ssize_t b, Py_ssize_t tile) noexcept nogil:
-    # A block of rows of one tile; contiguous rows are written side by side.
-    cdef Block block = block_of(job, b)
-    cdef Py_ssize_t c = job.x.c, ch = tile * job.tile
-    cdef Py_ssize_t row = c * job.spans.itemsize
-    cdef Py_ssize_t i = block.row, end = block.row + block.rows
-    if (job.x.n_stride == row and job.out.n_stride == row
-            and (job.residual.data == NULL or job.residual.n_stride == row)
-            and (job.dy.data == NULL or job.dy.n_stride == row)):
-        while i + job.side <= end and job.side > 1:
-            run(job, i, 0, 0, job.side * c)
-            i += job.side
-    while i < end:
-        run(job, i, ch, 0, min(job.tile, c - ch))
-        i += 1
-
-
-cdef void write_all(const Job* job, run_function run) noexcept nogil:
-    # Everything, in the order of memory where nothing is cached yet (ncs), backwards where the end is (rc).
-    cdef Py_ssize_t t
-    cdef Py_ssize_t c = job.x.c
-    cdef Py_ssize_t tasks = (job.x.n * c * job.pieces) if job.ncs else job.blocks * job.tiles
-    cdef Py_ssize_t left
-    with parallel(num_threads=job.threads):
-        if job.ncs:
-            for t in prange(tasks, schedule="static"):
-                run(job, t // (c * job.pieces), t // job.pieces % c, t % job.pieces * job.piece,
-                    min(job.piece, job.x.s - t % job.pieces * job.piece))
-        else:
-            for t in prange(tasks, schedule="static"):
-                left = tasks - 1 - t
-                write_block_rc(job, run, left // job.tiles, left % job.tiles)
-        stream_fence()
-
-
-cdef void forward_channel(const Job* job, Py_ssize_t ch) noexcept nogil:
-    moments_channel(job, ch)
-    finish_moments(1, <double> job.x.n * job.x.s, job.eps, job.var + ch, job.var + ch, job.rstd + ch)
-    prepare(job, ch, 1, False)
-    write_channel(job, output_run, ch)
-
-
-# ---- backward ----------------------------------------------------------------------------------------------------
-
-cdef void reduce_block_ncs(const Job* job, Py_ssize_t b, Py_ssize_t ch, double* first, double* second) noexcept nogil:
-    cdef Block block = block_of(job, b)
-    cdef double sums[2]
-    cdef Py_ssize_t ahead = ahead_of(job, ch)
-    job.spans.reduce_ncs(element(job, &job.dy, block.row, ch, block.start),
-                         element(job, &job.x, block.row, ch, block.start), block.rows, job.dy.n_stride,
-                         job.x.n_stride, block.len, job.dy.c_stride if ahead else 0, ahead, job.mean[ch],
-                         parameters_of(job, ch), sums, job.relu)
-    first[0] = sums[0]
-    second[0] = sums[1]
-
-
-cdef void reduce_block_rc(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
-    cdef Block block = block_of(job, b)
-    cdef Py_ssize_t ch = tile * job.tile
-    job.spans.reduce_rc(element(job, &job.dy, block.row, ch, 0), element(job, &job.x, block.row, ch, 0), block.rows,
-                        job.dy.n_stride, job.x.n_stride, min(job.tile, job.x.c - ch), job.side, job.mean + ch,
-                        parameters_of(job, ch), job.pitch, job.work + 3 * job.wide * thread, job.wide,
-                        job.first + b * job.x.c + ch, job.second + b * job.x.c + ch, job.relu)
-
-
-cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels, const double* first, const double* second,
-                     Py_ssize_t pitch) noexcept nogil:
+cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
     # dbeta, dgamma and their means for some channels, in the order of the blocks
     cdef Py_ssize_t b, i
     cdef double count = <double> job.x.n * job.x.s
-    for i in range(channels):
-        job.dbeta[ch + i] = 0
-        job.dgamma[ch + i] = 0
+    for i in range(ch, ch + channels):
+        job.dbeta[i] = 0
+        job.dgamma[i] = 0
     for b in range(job.blocks):
-        for i in range(channels):
-            job.dbeta[ch + i] += first[b * pitch + i]
-            job.dgamma[ch + i] += second[b * pitch + i]
+        for i in range(ch, ch + channels):
+            job.dbeta[i] += job.first[b * job.x.c + i]
+            job.dgamma[i] += job.second[b * job.x.c + i]
     for i in range(ch, ch + channels):
         job.dgamma[i] *= job.rstd[i]
         job.dbeta_mean[i] = job.dbeta[i] / count
         job.dgamma_mean[i] = job.dgamma[i] / count
 
 
-cdef void backward_channel(const Job* job, Py_ssize_t ch) noexcept nogil:
-    cdef Py_ssize_t b
-    cdef double* first = job.first + ch * job.blocks
-    cdef double* second = job.second + ch * job.blocks
-    for b in range(job.blocks):
-        reduce_block_ncs(job, b, ch, first + b, second + b)
-    add_blocks(job, ch, 1, first, second, 1)
-    prepare(job, ch, 1, True)
-    write_channel(job, gradient_run, ch)
-
-
-cdef void reduce_blockwise(const Job* job) noexcept nogil:
-    cdef Py_ssize_t t
-    cdef Py_ssize_t c = job.x.c
-    if job.ncs:
-        for t in prange(job.blocks * c, num_threads=job.threads, schedule="static"):
-            reduce_block_ncs(job, t % job.blocks, t // job.blocks, job.first + t % job.blocks * c + t // job.blocks,
-                             job.second + t % job.blocks * c + t // job.blocks)
+cdef void sum_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
+    if job.dy.data == NULL:
+        moments_block(job, b, tile, thread)
     else:
-        for t in prange(job.blocks * job.tiles, num_threads=job.threads, schedule="static"):
-            reduce_block_rc(job, t // job.tiles, t % job.tiles, threadid())
-    add_blocks(job, 0, c, job.first, job.second, c)
+        reduce_block(job, b, tile, thread)
+
+
+cdef void finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
+    if job.dy.data == NULL:
+        merge_blocks(job, ch, channels)
+    else:
+        add_blocks(job, ch, channels)
+
+
+# ---- all of it ---------------------------------------------------------------------------------------------------
+
+cdef void whole_tile(const Job* job, Py_ssize_t tile, int thread) noexcept nogil:
+    # Every pass over one tile while it is in cache; what was read last is written first.
+    cdef Py_ssize_t b
+    for b in range(job.blocks):
+        sum_block(job, b, tile, thread)
+    finish_channels(job, tile * job.tile, channels_of(job, tile))
+    if job.out.data == NULL:
+        return
+    prepare(job, tile, job.dy.data != NULL, thread)
+    for b in range(job.blocks - 1, -1, -1):
+        write_block(job, b, tile, thread)
+
+
+cdef int tile_by_tile(const Job* job) noexcept nogil:
+    # One thread takes a tile through all its passes, where tiles are small enough to stay in cache, and enough.
+    return ((not job.by_columns or job.blocks == 1)
+            and (job.tiles % job.threads == 0 or job.tiles >= 8 * job.threads))
+
+
+cdef void sum_all(const Job* job) noexcept nogil:
+    cdef Py_ssize_t t
+    for t in prange(job.blocks * job.tiles, num_threads=job.threads, schedule="static"):
+        # by runs, the blocks of a channel follow each other; by columns, the tiles of a block
+        if job.by_columns:
+            sum_block(job, t // job.tiles, t % job.tiles, threadid())
+        else:
+            sum_block(job, t % job.blocks, t // job.blocks, threadid())
+    finish_channels(job, 0, job.x.c)
+
+
+cdef void write_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
+    # By columns, a block of a tile, backwards, since the end was read last; by runs, one piece, in the order of memory
+    cdef Py_ssize_t left = job.blocks * job.tiles - 1 - t
+    cdef Py_ssize_t start = t % job.pieces * job.piece
+    cdef Py_ssize_t run = t // job.pieces
+    if job.by_columns:
+        prepare(job, left % job.tiles, job.dy.data != NULL, thread)
+        write_block(job, left // job.tiles, left % job.tiles, thread)
+    else:
+        write_run(job, run // job.x.c, run % job.x.c, start, min(job.piece, job.x.s - start),
+                  parameters_of(job, run % job.x.c, thread))
+
+
+cdef void write_all(const Job* job) noexcept nogil:
+    cdef Py_ssize_t t
+    cdef Py_ssize_t tasks = job.blocks * job.tiles if job.by_columns else job.x.n * job.x.c * job.pieces
+    if not job.by_columns:
+        for t in range(job.tiles):
+            prepare(job, t, job.dy.data != NULL, 0)
+    with parallel(num_threads=job.threads):
+        for t in prange(tasks, schedule="static"):
+            write_task(job, t, threadid())
+        stream_fence()
+
+
+cdef void sum_and_write(const Job* job) noexcept nogil:
+    cdef Py_ssize_t tile
+    if tile_by_tile(job):
+        with parallel(num_threads=job.threads):
+            for tile in prange(job.tiles, schedule="static"):
+                whole_tile(job, tile, threadid())
+            stream_fence()
+    else:
+        sum_all(job)
+        if job.out.data != NULL:
+            write_all(job)
 
 
 # ---- entries -----------------------------------------------------------------------------------------------------
@@ -440,19 +465,13 @@ def first_not_positive(var, double eps):
 def moments(x, mean, m2, int threads):
     """IN x · OUT mean, m2: float64 (c,)."""
     cdef Job job
-    cdef Py_ssize_t ch
     _scratch = lay_out(&job, x, threads)  # owns what job points to
-    job.dy = view_of(None)
-    job.out = view_of(None)
     job.mean = vector(mean)
     job.var = vector(m2)
+    job.rstd = NULL
     with nogil:
         choose_paths(&job)
-        if by_channel(&job):
-            for ch in prange(job.x.c, num_threads=threads, schedule="static"):
-                moments_channel(&job, ch)
-        else:
-            moments_blockwise(&job)
+        sum_and_write(&job)
 
 
 def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, int threads):
@@ -461,7 +480,6 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, int
     cdef Py_ssize_t ch
     _scratch = lay_out(&job, x, threads)
     job.residual = view_of(residual)
-    job.dy = view_of(None)
     job.out = view_of(y)
     job.gamma = vector(gamma)
     job.beta = vector(beta)
@@ -473,17 +491,14 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, int
         choose_paths(&job)
         for ch in range(job.x.c):
             job.rstd[ch] = 1 / sqrt(job.var[ch] + eps)
-        prepare(&job, 0, job.x.c, False)
-        write_all(&job, output_run)
+        write_all(&job)
 
 
 def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu, int threads):
     """IN x, residual or None, gamma, beta or None · OUT y, may be x; mean, var, rstd: float64 (c,)."""
     cdef Job job
-    cdef Py_ssize_t ch
     _scratch = lay_out(&job, x, threads)
     job.residual = view_of(residual)
-    job.dy = view_of(None)
     job.out = view_of(y)
     job.gamma = vector(gamma)
     job.beta = vector(beta)
@@ -494,24 +509,13 @@ def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu,
     job.relu = relu
     with nogil:
         choose_paths(&job)
-        if by_channel(&job):
-            with parallel(num_threads=threads):
-                for ch in prange(job.x.c, schedule="static"):
-                    forward_channel(&job, ch)
-                stream_fence()
-        else:
-            moments_blockwise(&job)
-            finish_moments(job.x.c, <double> job.x.n * job.x.s, eps, job.var, job.var, job.rstd)
-            prepare(&job, 0, job.x.c, False)
-            write_all(&job, output_run)
+        sum_and_write(&job)
 
 
 def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint frozen, int threads):
     """IN dy, x; gamma, beta or None, mean, rstd: float64 (c,) · OUT dx, may be dy; dgamma, dbeta: float64 (c,)."""
     cdef Job job
-    cdef Py_ssize_t ch
     _scratch = lay_out(&job, x, threads)
-    job.residual = view_of(None)
     job.dy = view_of(dy)
     job.out = view_of(dx)
     job.gamma = vector(gamma)
@@ -524,17 +528,7 @@ def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint 
     job.frozen = frozen
     with nogil:
         choose_paths(&job)
-        if relu:
-            prepare(&job, 0, job.x.c, False)  # the reduction computes the forward's sign again
-        if by_channel(&job):
-            with parallel(num_threads=threads):
-                for ch in prange(job.x.c, schedule="static"):
-                    backward_channel(&job, ch)
-                stream_fence()
-        else:
-            reduce_blockwise(&job)
-            prepare(&job, 0, job.x.c, True)
-            write_all(&job, gradient_run)
+        sum_and_write(&job)
 
 
 def copy(x, y, int threads):

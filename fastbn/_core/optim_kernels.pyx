@@ -1,18 +1,18 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Optimizer kernels: one parallel region for a whole list of arrays; compiled once per instruction set.
 
-A :class:`Table` describes the list once, when the optimizer is made: where every parameter and its state lie, and
-how the elements are cut into chunks. A step looks the gradients up in one loop and runs over the chunks.
+A :class:`Table` describes the list once, when the optimizer is made: where every parameter and its state lie,
+and how the elements are cut into chunks. A step looks the gradients up in one loop and runs over the chunks.
 
-Chunks never reach across arrays and depend on the shapes alone; sums over them are added in their order, so the
-number of threads never changes a bit. Inside a parallel region nothing allocates, raises or takes the GIL.
+Chunks never reach across arrays and depend on the shapes alone; sums over them are added in their order, so
+the number of threads never changes a bit. Inside a parallel region nothing allocates, raises or takes the GIL.
 """
 
 cimport numpy as cnp
 from cpython.list cimport PyList_GET_ITEM
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, isfinite, sqrt
+from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcmp
 
@@ -31,7 +31,8 @@ cdef extern from "optim_span.h" nogil:
         int dtype
 
     ctypedef struct optim_rule:
-        double lr, low, high, decay, shrink, momentum, fresh, beta1, beta2, correction, eps_inside, eps_outside
+        double lr, low, high, decay, shrink, momentum, fresh, beta1, beta2, correction
+        double eps_inside, eps_outside
         int nesterov
 
     void optim_update(const optim_parameter* a, Py_ssize_t start, Py_ssize_t n, int method,
@@ -39,13 +40,18 @@ cdef extern from "optim_span.h" nogil:
     double optim_squares(const optim_parameter* a, Py_ssize_t start, Py_ssize_t n, double unit) noexcept nogil
 
 cdef enum:
-    CHUNK = 16384  # elements: 64 KiB of float32 per stream, and enough chunks of a small network for two threads
+    CHUNK = 4096  # elements: enough tasks to share out a small network evenly; larger ones gain nothing
 
 ELEMENTS_PER_CHUNK = CHUNK
 
 cdef double TINY_UNIT = 2.0 ** -540  # brings a float64 whose square overflows below 2**484
 
-DTYPES = {"float32": OPTIM_FLOAT32, "float64": OPTIM_FLOAT64, "float16": OPTIM_FLOAT16, "bfloat16": OPTIM_BFLOAT16}
+DTYPES = {
+    "float32": OPTIM_FLOAT32,
+    "float64": OPTIM_FLOAT64,
+    "float16": OPTIM_FLOAT16,
+    "bfloat16": OPTIM_BFLOAT16,
+}
 
 cdef struct Chunk:
     Py_ssize_t parameter, start, n
@@ -62,8 +68,8 @@ cdef class Table:
     params : list of ndarray
         Contiguous, aligned, writable, native and apart from each other: `optim.py` has checked them.
     state : list of list
-        For every parameter its slots in the order of the method's span, None where it has no such slot, then its
-        float32 master or None; each contiguous, with as many elements as the parameter.
+        For every parameter its slots in the order of the method's span, None where it has no such slot, then
+        its float32 master or None; each contiguous, with as many elements as the parameter.
     """
 
     cdef list params, state  # they keep the memory alive
@@ -131,7 +137,7 @@ cdef class Table:
         self.task[self.tasks] = c
 
     def bind(self, list grads, Py_ssize_t first=0):
-        """Take the gradients from number `first` on; return the number of one that will not do as it is, or −1.
+        """Take the gradients from number `first` on; return the number of one that will not do, or −1.
 
         A gradient will do if it is None, or an array of its parameter's shape and dtype, contiguous, aligned,
         native, and apart from all the parameters, while the parameter is still where it was, and writable.
@@ -141,6 +147,7 @@ cdef class Table:
         cdef object item
         cdef cnp.ndarray g, p
         cdef const void* data
+        cdef int ndim
         cdef int layout = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
         for i in range(first, self.count):
             p = <cnp.ndarray> PyList_GET_ITEM(self.params, i)
@@ -154,8 +161,9 @@ cdef class Table:
                 return i
             g = <cnp.ndarray> item
             data = cnp.PyArray_DATA(g)
-            if cnp.PyArray_TYPE(g) != cnp.PyArray_TYPE(p) or cnp.PyArray_NDIM(g) != cnp.PyArray_NDIM(p) \
-                    or memcmp(cnp.PyArray_DIMS(g), cnp.PyArray_DIMS(p), cnp.PyArray_NDIM(p) * sizeof(cnp.npy_intp)) \
+            ndim = cnp.PyArray_NDIM(p)
+            if cnp.PyArray_TYPE(g) != cnp.PyArray_TYPE(p) or cnp.PyArray_NDIM(g) != ndim \
+                    or memcmp(cnp.PyArray_DIMS(g), cnp.PyArray_DIMS(p), ndim * sizeof(cnp.npy_intp)) \
                     or not cnp.PyArray_CHKFLAGS(g, layout) or not cnp.PyArray_ISNOTSWAPPED(g):
                 return i
             if data != self.apart[i]:
@@ -177,7 +185,7 @@ cdef class Table:
         return self.touches(low, high - low)
 
     cdef bint touches(self, uintptr_t low, Py_ssize_t nbytes) noexcept:
-        """Say whether a stretch of memory overlaps a parameter: bisect for the first one that ends above it."""
+        """Say whether a stretch of memory overlaps a parameter: bisect for the first that ends above it."""
         cdef Py_ssize_t left = 0, right = self.occupied, middle
         while left < right:
             middle = (left + right) // 2
@@ -250,9 +258,9 @@ cdef double factor(double limit, double squares) noexcept:
 
 
 def clip_flat(Table table, double limit, bint whole, int num_threads):
-    """Set the factor of every gradient by one read of them: c/‖g‖ where ‖g‖ > c, `whole`: ‖·‖ over all arrays.
+    """Set every gradient's factor by one read of them: c/‖g‖ where ‖g‖ > c; `whole`: ‖·‖ over all arrays.
 
-    Squares of float64 beyond 1e154 overflow; then, and for infinite gradients, a second read scales them down.
+    Squares of float64 beyond 1e154 overflow; then, and for infinity, a second read scales them down.
     """
     sum_squares(table, 1, num_threads)
     if rescale(table, limit, 1, whole):
@@ -260,28 +268,29 @@ def clip_flat(Table table, double limit, bint whole, int num_threads):
         rescale(table, limit, TINY_UNIT, whole)
 
 
-def sgd_flat(Table table, double lr, double clip_value, double decay, double momentum, double fresh, bint nesterov,
-             int num_threads):
+def sgd_flat(Table table, double lr, double clip_value, double decay, double momentum, double fresh,
+             bint nesterov, int num_threads):
     """One step of SGD; slots: momentum_buffer, or none without momentum."""
     cdef optim_rule rule = optim_rule(
-        lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=fresh, beta1=0,
-        beta2=0, correction=1, eps_inside=0, eps_outside=0, nesterov=nesterov)
+        lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=fresh,
+        beta1=0, beta2=0, correction=1, eps_inside=0, eps_outside=0, nesterov=nesterov)
     update(table, OPTIM_SGD, &rule, num_threads)
 
 
 def rmsprop_flat(Table table, double lr, double clip_value, double decay, double alpha, double momentum,
                  double eps_inside, double eps_outside, int num_threads):
-    """One step of RMSprop; slots: square_avg, momentum_buffer where there is momentum, grad_avg where centered."""
+    """One step of RMSprop; slots: square_avg, momentum_buffer with momentum, grad_avg where centered."""
     cdef optim_rule rule = optim_rule(
-        lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=1, beta1=0,
-        beta2=alpha, correction=1, eps_inside=eps_inside, eps_outside=eps_outside, nesterov=False)
+        lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=1,
+        beta1=0, beta2=alpha, correction=1, eps_inside=eps_inside, eps_outside=eps_outside, nesterov=False)
     update(table, OPTIM_RMSPROP, &rule, num_threads)
 
 
-def adam_flat(Table table, double lr, double clip_value, double decay, double shrink, double beta1, double beta2,
-              double correction, double eps_inside, double eps_outside, int num_threads):
+def adam_flat(Table table, double lr, double clip_value, double decay, double shrink, double beta1,
+              double beta2, double correction, double eps_inside, double eps_outside, int num_threads):
     """One step of Adam, lr divided by 1−β₁ᵗ; slots: exp_avg, exp_avg_sq, max_exp_avg_sq for AMSGrad."""
     cdef optim_rule rule = optim_rule(
-        lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=shrink, momentum=0, fresh=1, beta1=beta1,
-        beta2=beta2, correction=correction, eps_inside=eps_inside, eps_outside=eps_outside, nesterov=False)
+        lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=shrink, momentum=0, fresh=1,
+        beta1=beta1, beta2=beta2, correction=correction, eps_inside=eps_inside, eps_outside=eps_outside,
+        nesterov=False)
     update(table, OPTIM_ADAM, &rule, num_threads)

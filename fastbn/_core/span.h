@@ -86,11 +86,16 @@ static void FN(prepare)(ptrdiff_t c, const double *mean, const double *rstd, con
     for (ptrdiff_t i = 0; i < c; i++) p[DGAMMA_MEAN * pitch + i] = dgamma_mean ? (R)dgamma_mean[i] : 0;
 }
 
-/* Repeat the first `filled` entries of every parameter up to `total` (a row of k·c elements, and padding). */
-static void FN(repeat)(void *parameters, ptrdiff_t pitch, ptrdiff_t filled, ptrdiff_t total) {
-    for (int which = 0; which < PARAMETERS; which++) {
+/* Give each of the first `count` parameters to c channels' s columns each, and repeat the c·s columns up to `total`. */
+static void FN(expand)(void *parameters, ptrdiff_t pitch, int count, ptrdiff_t c, ptrdiff_t s, ptrdiff_t total) {
+    for (int which = 0; which < count; which++) {
         R *p = (R *)parameters + which * pitch;
-        for (ptrdiff_t i = filled; i < total; i++) p[i] = p[i - filled];
+        if (s > 1)
+            for (ptrdiff_t ch = c - 1; ch >= 0; ch--) {
+                const R value = p[ch];
+                for (ptrdiff_t j = 0; j < s; j++) p[ch * s + j] = value;
+            }
+        for (ptrdiff_t i = c * s; i < total; i++) p[i] = p[i - c * s];
     }
 }
 
@@ -155,6 +160,7 @@ INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const
 #pragma GCC unroll 8
         for (int g = 0; g < group; g++) {
             const T *p = (const T *)(x + g * stride) + j;
+            if (group > 1) __builtin_prefetch((const char *)p + group * stride, 0, 2);
             T buffer[WIDE] = {0};
             if (!whole) {
                 memcpy(buffer, p, (width - j) * sizeof(T));
@@ -176,37 +182,62 @@ static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptr
     for (; i < rows; i++) FN(add_rows)(x + i * stride, stride, width, K, s1, s2, 1);
 }
 
-/* Mean and M2 of each column of a block of rows; k rows side by side make one row of k·c columns.
- * work: 3 arrays of `pitch` ≥ k·c rounded up to LANES. */
-static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, ptrdiff_t k, double *work,
-                           ptrdiff_t pitch, double *mean, double *m2) {
-    double *K = work, *s1 = work + pitch, *s2 = s1 + pitch;
-    const double count = (double)rows;
-    const int together = stride == c * (ptrdiff_t)sizeof(T);
+/* Sum of n values, in four chains: the same order everywhere */
+static double FN(sum_run)(const double *p, ptrdiff_t n) {
+    double a = 0, b = 0, c = 0, d = 0;
+    ptrdiff_t i = 0;
+    for (; i + 4 <= n; i += 4) a += p[i], b += p[i + 1], c += p[i + 2], d += p[i + 3];
+    for (; i < n; i++) a += p[i];
+    return (a + b) + (c + d);
+}
+
+/* The sums of channel ch over its s columns in each of the k rows that lie side by side */
+static double FN(sum_columns)(const double *columns, ptrdiff_t ch, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k) {
+    double sum = 0;
+    for (ptrdiff_t q = 0; q < k; q++) sum += FN(sum_run)(columns + q * c * s + ch * s, s);
+    return sum;
+}
+
+/* Mean and M2 of c channels, of s adjacent columns each, over a block of rows; k rows side by side make one row of
+ * k·c·s columns. work: 3 arrays of `wide` ≥ k·c·s + LANES. */
+static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
+                           ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2) {
+    double *K = work, *s1 = work + wide, *s2 = s1 + wide;
+    const double count = (double)rows * (double)s;
+    const ptrdiff_t w = c * s, run = s * (ptrdiff_t)sizeof(T), whole = rows / k, left = rows % k;
+    const int dense = c_stride == run, together = dense && stride == w * (ptrdiff_t)sizeof(T);
+    const ptrdiff_t width = together ? k * w : dense ? w : s;
     int again = 0;
-    for (ptrdiff_t j = 0; j < c; j++) K[j] = FN(first)((const T *)x + j);
+    for (ptrdiff_t ch = 0; ch < c; ch++) {
+        const double value = FN(first)((const T *)(x + ch * c_stride));
+        for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = value;
+    }
     for (int pass = 0; pass < 2; pass++) {
-        for (ptrdiff_t j = c; j < pitch; j++) K[j] = K[j - c];
-        memset(s1, 0, 2 * pitch * sizeof(double));
-        const ptrdiff_t whole = rows / k, left = rows % k;
-        for (ptrdiff_t q = 0; q < (together ? 1 : k); q++)
-            FN(column_sums)(x + q * stride, whole, k * stride, together ? k * c : c, K + q * c, s1 + q * c, s2 + q * c);
-        for (ptrdiff_t q = 0; q < left; q++)
-            FN(column_sums)(x + (whole * k + q) * stride, 1, stride, c, K + q * c, s1 + q * c, s2 + q * c);
-        for (ptrdiff_t j = 0; j < c; j++) {
-            double sum = s1[j], square = s2[j];
-            for (ptrdiff_t q = 1; q < k; q++) sum += s1[j + q * c], square += s2[j + q * c];
+        for (ptrdiff_t j = w; j < wide; j++) K[j] = K[j - w];
+        memset(s1, 0, 2 * wide * sizeof(double));
+        for (ptrdiff_t q = 0; q < k; q++) { /* rows q, q + k, … go to columns q·w … */
+            for (ptrdiff_t ch = 0; ch < (dense ? 1 : c); ch++) {
+                const ptrdiff_t at = q * w + ch * s;
+                const char *p = x + q * stride + ch * c_stride;
+                if (!together || q == 0) FN(column_sums)(p, whole, k * stride, width, K + at, s1 + at, s2 + at);
+                if (q < left)
+                    FN(column_sums)(p + whole * k * stride, 1, stride, dense ? w : s, K + at, s1 + at, s2 + at);
+            }
+        }
+        for (ptrdiff_t ch = 0; ch < c; ch++) {
+            if (pass == 1 && !(m2[ch] < 0)) continue; /* this channel was well shifted already */
+            const double sum = FN(sum_columns)(s1, ch, c, s, k), square = FN(sum_columns)(s2, ch, c, s, k);
             const double lost = sum * (sum / count);
-            if (pass == 1 && !(m2[j] < 0)) continue; /* this column was well shifted already */
-            mean[j] = K[j] + sum / count;
-            m2[j] = square < lost ? 0 : square - lost;
-            if (pass == 0 && lost > SHIFT_LIMIT * m2[j]) {
-                m2[j] = -1; /* marks the column for the second pass */
+            mean[ch] = K[ch * s] + sum / count;
+            m2[ch] = square < lost ? 0 : square - lost;
+            if (pass == 0 && lost > SHIFT_LIMIT * m2[ch]) {
+                m2[ch] = -1; /* marks the channel for the second pass */
                 again = 1;
             }
         }
         if (!again) return;
-        memcpy(K, mean, c * sizeof(double));
+        for (ptrdiff_t ch = 0; ch < c; ch++)
+            for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = mean[ch];
     }
 }
 
@@ -279,7 +310,8 @@ INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptr
 
 /* Σdy and Σdy·(x - mean) over rows of one channel; `ahead` as in shifted_sums */
 INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p, double *sums, const int relu) {
+                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p, double *sum,
+                                double *product, const int relu) {
     vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
     const vdouble m = splat_wide(mean);
     const ptrdiff_t r = len % LANES;
@@ -315,15 +347,16 @@ INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, p
             }
         }
     }
-    sums[0] = sum_lanes(s1);
-    sums[1] = sum_lanes(s2);
+    *sum = sum_lanes(s1);
+    *product = sum_lanes(s2);
 }
 
 static void FN(reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                           ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *p, double *sums,
-                           int relu) {
+                           ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *p, double *sum,
+                           double *product, int relu) {
 #define BODY(RELU) \
-    FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, dy_ahead, x_ahead, mean, (const R *)p, sums, RELU)
+    FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, dy_ahead, x_ahead, mean, (const R *)p, sum, \
+                        product, RELU)
     if (relu) BODY(1);
     else BODY(0);
 #undef BODY
@@ -340,6 +373,10 @@ INLINE void FN(reduce_rows)(const char *dy, const char *x, ptrdiff_t dy_stride, 
 #pragma GCC unroll 8
         for (int g = 0; g < group; g++) {
             const T *px = (const T *)(x + g * x_stride) + j, *pd = (const T *)(dy + g * dy_stride) + j;
+            if (group > 1) {
+                __builtin_prefetch((const char *)px + group * x_stride, 0, 2);
+                __builtin_prefetch((const char *)pd + group * dy_stride, 0, 2);
+            }
             T bx[WIDE] = {0}, bd[WIDE] = {0};
             if (!whole) {
                 memcpy(bx, px, (width - j) * sizeof(T)), px = bx;
@@ -368,29 +405,37 @@ static void FN(reduce_columns)(const char *dy, const char *x, ptrdiff_t rows, pt
 #undef ROWS
 }
 
-/* Σdy and Σdy·(x - mean) of each column of a block of rows. work: 3 arrays of `wide` ≥ k·c rounded up to LANES. */
-static void FN(reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                          ptrdiff_t c, ptrdiff_t k, const double *mean, const void *parameters, ptrdiff_t pitch,
-                          double *work, ptrdiff_t wide, double *sum, double *product, int relu) {
+/* Σdy and Σdy·(x - mean) of c channels over a block of rows; the columns as in moments_rc. */
+static void FN(reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t dy_c_stride,
+                          ptrdiff_t x_stride, ptrdiff_t x_c_stride, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k,
+                          const double *mean, const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide,
+                          double *sum, double *product, int relu) {
     double *m = work, *s1 = work + wide, *s2 = s1 + wide;
     const R *p = (const R *)parameters;
-    const ptrdiff_t row = c * (ptrdiff_t)sizeof(T), whole = rows / k, left = rows % k;
-    const int together = x_stride == row && dy_stride == row;
-    for (ptrdiff_t j = 0; j < c; j++) m[j] = mean[j];
-    for (ptrdiff_t j = c; j < wide; j++) m[j] = m[j - c];
+    const ptrdiff_t w = c * s, run = s * (ptrdiff_t)sizeof(T), row = w * (ptrdiff_t)sizeof(T);
+    const ptrdiff_t whole = rows / k, left = rows % k;
+    const int dense = x_c_stride == run && dy_c_stride == run;
+    const int together = dense && x_stride == row && dy_stride == row;
+    const ptrdiff_t width = together ? k * w : dense ? w : s;
+    for (ptrdiff_t ch = 0; ch < c; ch++)
+        for (ptrdiff_t j = 0; j < s; j++) m[ch * s + j] = mean[ch];
+    for (ptrdiff_t j = w; j < wide; j++) m[j] = m[j - w];
     memset(s1, 0, 2 * wide * sizeof(double));
-    for (ptrdiff_t q = 0; q < (together ? 1 : k); q++)
-        FN(reduce_columns)(dy + q * dy_stride, x + q * x_stride, whole, k * dy_stride, k * x_stride,
-                           together ? k * c : c, m + q * c, p, pitch, s1 + q * c, s2 + q * c, relu);
-    for (ptrdiff_t q = 0; q < left; q++) {
-        const ptrdiff_t i = whole * k + q;
-        FN(reduce_columns)(dy + i * dy_stride, x + i * x_stride, 1, dy_stride, x_stride, c, m + q * c, p, pitch,
-                           s1 + q * c, s2 + q * c, relu);
+    for (ptrdiff_t q = 0; q < k; q++) {
+        for (ptrdiff_t ch = 0; ch < (dense ? 1 : c); ch++) {
+            const ptrdiff_t at = q * w + ch * s, end = whole * k;
+            const char *pd = dy + q * dy_stride + ch * dy_c_stride, *px = x + q * x_stride + ch * x_c_stride;
+            if (!together || q == 0)
+                FN(reduce_columns)(pd, px, whole, k * dy_stride, k * x_stride, width, m + at, p + ch * s, pitch, s1 + at,
+                                   s2 + at, relu);
+            if (q < left)
+                FN(reduce_columns)(pd + end * dy_stride, px + end * x_stride, 1, dy_stride, x_stride, dense ? w : s,
+                                   m + at, p + ch * s, pitch, s1 + at, s2 + at, relu);
+        }
     }
-    for (ptrdiff_t j = 0; j < c; j++) {
-        sum[j] = s1[j];
-        product[j] = s2[j];
-        for (ptrdiff_t q = 1; q < k; q++) sum[j] += s1[j + q * c], product[j] += s2[j + q * c];
+    for (ptrdiff_t ch = 0; ch < c; ch++) {
+        sum[ch] = FN(sum_columns)(s1, ch, c, s, k);
+        product[ch] = FN(sum_columns)(s2, ch, c, s, k);
     }
 }
 
@@ -451,7 +496,7 @@ static void FN(backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, c
 }
 
 static const span_table FN(spans) = {
-    sizeof(T), sizeof(R), FN(prepare), FN(repeat), FN(moments_ncs), FN(moments_rc), FN(normalize), FN(reduce_ncs),
+    sizeof(T), sizeof(R), FN(prepare), FN(expand), FN(moments_ncs), FN(moments_rc), FN(normalize), FN(reduce_ncs),
     FN(reduce_rc), FN(backward),
 };
 

@@ -17,19 +17,20 @@ typedef struct {
     ptrdiff_t real_size;     /* of the parameters */
     void (*prepare)(ptrdiff_t c, const double *mean, const double *rstd, const double *gamma, const double *beta,
                     const double *dbeta_mean, const double *dgamma_mean, void *parameters, ptrdiff_t pitch);
-    void (*repeat)(void *parameters, ptrdiff_t pitch, ptrdiff_t filled, ptrdiff_t total);
+    void (*expand)(void *parameters, ptrdiff_t pitch, int count, ptrdiff_t c, ptrdiff_t s, ptrdiff_t total);
     void (*moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
                         double *m2);
-    void (*moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, ptrdiff_t k, double *work,
-                       ptrdiff_t wide, double *mean, double *m2);
+    void (*moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
+                       ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
     void (*normalize)(const char *x, const char *residual, char *y, ptrdiff_t n, const void *parameters,
                       ptrdiff_t pitch, int varying, int relu, int stream);
     void (*reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
                        ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *parameters,
-                       double *sums, int relu);
-    void (*reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                      ptrdiff_t c, ptrdiff_t k, const double *mean, const void *parameters, ptrdiff_t pitch,
-                      double *work, ptrdiff_t wide, double *sum, double *product, int relu);
+                       double *sum, double *product, int relu);
+    void (*reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t dy_c_stride,
+                      ptrdiff_t x_stride, ptrdiff_t x_c_stride, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k,
+                      const double *mean, const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide,
+                      double *sum, double *product, int relu);
     void (*backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
                      int varying, int relu, int frozen, int stream);
 } span_table;
