@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ class BatchNorm:
         count = saved.count
         var = saved.var * (count / (count - 1)) if self.unbiased else saved.var
         weight = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        with np.errstate(over="ignore", invalid="ignore"):  # a variance float32 cannot hold becomes inf, as it would be
+        with np.errstate(over="ignore", invalid="ignore"):  # a variance that float32 cannot hold becomes inf
             self.running_mean[...] = (1 - weight) * self.running_mean.astype(np.float64) + weight * saved.mean
             self.running_var[...] = (1 - weight) * self.running_var.astype(np.float64) + weight * var
         self.num_batches_tracked += 1
@@ -254,7 +254,8 @@ class BatchNorm:
             if self.unbiased and total.count < 2:
                 raise ValueError(f"batches: expected 2 or more values per channel in all, got {total.count}")
             mean, var = total.mean, total.var(correction=int(self.unbiased))
-        running_mean[...], running_var[...] = mean, var
+        with np.errstate(over="ignore"):  # as in a call
+            running_mean[...], running_var[...] = mean, var
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return copies of parameters and running statistics under PyTorch's names."""
@@ -264,7 +265,7 @@ class BatchNorm:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy a state dict of PyTorch's names into the layer's arrays.
 
         Raises
@@ -272,6 +273,8 @@ class BatchNorm:
         TypeError, ValueError
             On missing or unknown keys, wrong shapes and values that are no real numbers; nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type(state_dict).__name__}")
         own = self.state_dict()
         missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
         if missing or unknown:
@@ -285,8 +288,9 @@ class BatchNorm:
             if tracked.size != 1 or tracked.dtype.kind not in "iu" or tracked.item() < 0:
                 raise ValueError(f"num_batches_tracked: expected an integer of 0 or more, got {tracked!r}")
         new = {key: check.given_channels(key, state_dict[key], self.num_features) for key in own}
-        for key, value in new.items():
-            getattr(self, _STATE[key])[...] = value
+        with np.errstate(over="ignore"):  # as in a call
+            for key, value in new.items():
+                getattr(self, _STATE[key])[...] = value
         if tracked is not None:
             self.num_batches_tracked = int(tracked.item())
 

@@ -18,6 +18,7 @@ __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
 # A thread is worth waking from this many elements on. Measured by `python -m bench threads`: waking costs about 5 µs.
 ELEMENTS_PER_THREAD = 32768
+MOST = 1024  # threads of a call, whatever is asked for
 
 
 def _cgroup_quota(root: str = "/sys/fs/cgroup", groups: str = "/proc/self/cgroup") -> float:
@@ -90,7 +91,7 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        1 or more; it may exceed the number of CPUs.
+        1 or more; it may exceed the number of CPUs. A call never has more than 1024.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def budget(elements: int, requested: int | None = None) -> int:
             return 1
     if n > 1:
         _used_threads = True
-    return n
+    return min(n, MOST)
 
 
 def _after_fork() -> None:

@@ -87,7 +87,10 @@ def together(parts):
 
 
 def has_canonical_views(axis, arrays):
-    """Whether any order and direction of the axes gives canonical views of all arrays at once, by trying all."""
+    """Whether any order and direction of the axes gives canonical views of all arrays at once, by trying all.
+
+    A run of one element counts only where the axes besides the channels have no more.
+    """
     shape, itemsize = arrays[0].shape, arrays[0].itemsize
     axes = [i for i in range(len(shape)) if i != axis and shape[i] > 1]
     channels_touch = shape[axis] > 1 and all(array.strides[axis] == itemsize for array in arrays)
@@ -127,22 +130,9 @@ def test_views_hold_the_same_elements_in_the_same_memory(call):
 
 @quick
 @given(calls())
-def test_there_are_views_where_any_order_of_the_axes_has_them(call):
+def test_there_are_views_exactly_where_some_order_of_the_axes_has_them(call):
     axis, arrays = call
-    assume(all(0 not in strides_that_count(array) for array in arrays))
     assert (layout.plan(axis, *arrays) is not None) == has_canonical_views(axis, arrays)
-
-
-def strides_that_count(array):
-    return [stride for stride, n in zip(array.strides, array.shape, strict=True) if n > 1]
-
-
-@quick
-@given(calls())
-def test_there_are_no_views_where_no_order_of_the_axes_has_them(call):
-    axis, arrays = call  # zero strides too: two of them may hide an order that would do
-    if not has_canonical_views(axis, arrays):
-        assert layout.plan(axis, *arrays) is None
 
 
 @quick
@@ -184,6 +174,7 @@ PLANS = {
     "a window of one image's plane": (np.empty((1, 3, 6, 7), F4)[..., 1:5, 1:6], 1, (4, 3, 5)),
     "channels last, every other": (np.empty((2, 4, 5, 6), F4)[..., ::2], 3, NO_VIEW),
     "channels last, reversed": (np.empty((5, 6), F4)[:, ::-1], 1, NO_VIEW),
+    "a batch repeated, planes reversed": (np.broadcast_to(np.empty((3, 4, 8), F4), (4, 3, 4, 8))[..., ::-1, ::-1], 1, (4, 3, 32)),
     "one number": (np.broadcast_to(F4(1), (2, 3, 4)), 1, NO_VIEW),
 }
 

@@ -3,7 +3,7 @@
 
 Every entry takes canonical arrays from layout.py, already checked; their number of dimensions says the layout:
 3-D is ncs (batch, channel, contiguous run), 2-D is rc (rows, contiguous channels). Other strides are free.
-Two ways to sum: a channel's long runs one after the other (ncs), or columns side by side down the rows (rc, and ncs with
+Two ways to sum: a channel's long runs one after the other (ncs), or columns side by side down the rows (rc, and ncs
 short runs, where a channel has s columns).
 
 Blocks are fixed by the shape alone and merged in their order, so the number of threads never changes a bit.
@@ -204,7 +204,6 @@ cdef object lay_out(Job* job, object x, int threads):
     job.spans = spans_of(cnp.PyArray_ITEMSIZE(array), cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16)
     job.x = view_of(x)
     job.residual = job.dy = job.out = view_of(None)
-    job.threads = threads
     job.relu = job.frozen = job.stream = job.prefetch = False
     if cnp.PyArray_NDIM(array) == 2 or (job.x.s <= SHORT_RUN and job.x.n >= ROW_GROUP and job.x.c > 1):
         cut_columns(job)
@@ -213,6 +212,7 @@ cdef object lay_out(Job* job, object x, int threads):
         cut_runs(job)
     job.tiles = ceil_div(job.x.c, job.tile)
     job.blocks = ceil_div(job.x.n, job.block_rows) * job.pieces
+    job.threads = threads = <int> min(<Py_ssize_t> threads, job.blocks * job.tiles)  # no more than there are tasks
     job.wide = ceil_div(columns, LANES) * LANES + LANES if job.by_columns else 0
     job.pitch = job.wide + 4 * LANES if job.by_columns else 1
     partial = job.blocks * job.x.c

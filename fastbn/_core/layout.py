@@ -40,7 +40,8 @@ def _plan_strided(axis: int, arrays: tuple[np.ndarray | None, ...]) -> tuple[np.
     axes = [i for i in range(first.ndim) if i != axis and shape[i] > 1]
     backward = tuple(slice(None, None, -1 if i != axis and first.strides[i] < 0 else None) for i in range(first.ndim))
     present = [array[backward] for array in arrays if array is not None]
-    axes.sort(key=lambda i: present[0].strides[i], reverse=True)
+    # the outermost first; a repeated axis (stride 0) is outer to all, for only there can a view have it
+    axes.sort(key=lambda i: tuple(a.strides[i] or math.inf for a in present), reverse=True)
 
     groups: list[tuple[int, tuple[int, ...]]] = []  # (length, strides of each array), the outermost first
     for i in axes:

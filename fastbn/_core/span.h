@@ -182,20 +182,20 @@ static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptr
     for (; i < rows; i++) FN(add_rows)(x + i * stride, stride, width, K, s1, s2, 1);
 }
 
-/* Sum of n values, in four chains: the same order everywhere */
-static double FN(sum_run)(const double *p, ptrdiff_t n) {
-    double a = 0, b = 0, c = 0, d = 0;
-    ptrdiff_t i = 0;
-    for (; i + 4 <= n; i += 4) a += p[i], b += p[i + 1], c += p[i + 2], d += p[i + 3];
-    for (; i < n; i++) a += p[i];
-    return (a + b) + (c + d);
-}
-
-/* The sums of channel ch over its s columns in each of the k rows that lie side by side */
-static double FN(sum_columns)(const double *columns, ptrdiff_t ch, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k) {
-    double sum = 0;
-    for (ptrdiff_t q = 0; q < k; q++) sum += FN(sum_run)(columns + q * c * s + ch * s, s);
-    return sum;
+/* columns[ch] = the sum of channel ch: first of the k rows that lie side by side, then of its s columns */
+static void FN(sum_columns)(double *columns, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k) {
+    for (ptrdiff_t q = 1; q < k; q++)
+        for (ptrdiff_t j = 0; j < c * s; j++) columns[j] += columns[q * c * s + j];
+    if (s == 1) return;
+    for (ptrdiff_t ch = 0; ch < c; ch++) { /* four chains, for an addition takes four cycles */
+        const double *p = columns + ch * s;
+        double sums[4] = {0};
+        ptrdiff_t j = 0;
+        for (; j + 4 <= s; j += 4)
+            for (int i = 0; i < 4; i++) sums[i] += p[j + i];
+        for (; j < s; j++) sums[0] += p[j];
+        columns[ch] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
 }
 
 /* Mean and M2 of c channels, of s adjacent columns each, over a block of rows; k rows side by side make one row of
@@ -208,7 +208,10 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
     const int dense = c_stride == run, together = dense && stride == w * (ptrdiff_t)sizeof(T);
     const ptrdiff_t width = together ? k * w : dense ? w : s;
     int again = 0;
-    for (ptrdiff_t ch = 0; ch < c; ch++) {
+    ptrdiff_t begun = 0;
+    if (s == 1 && dense)
+        for (; begun + WIDE <= c; begun += WIDE) store_wide(K + begun, WIDEN(FN(load_part)((const T *)x + begun)));
+    for (ptrdiff_t ch = begun; ch < c; ch++) {
         const double value = FN(first)((const T *)(x + ch * c_stride));
         for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = value;
     }
@@ -224,18 +227,17 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
                     FN(column_sums)(p + whole * k * stride, 1, stride, dense ? w : s, K + at, s1 + at, s2 + at);
             }
         }
+        FN(sum_columns)(s1, c, s, k);
+        FN(sum_columns)(s2, c, s, k);
         for (ptrdiff_t ch = 0; ch < c; ch++) {
-            if (pass == 1 && !(m2[ch] < 0)) continue; /* this channel was well shifted already */
-            const double sum = FN(sum_columns)(s1, ch, c, s, k), square = FN(sum_columns)(s2, ch, c, s, k);
-            const double lost = sum * (sum / count);
-            mean[ch] = K[ch * s] + sum / count;
-            m2[ch] = square < lost ? 0 : square - lost;
-            if (pass == 0 && lost > SHIFT_LIMIT * m2[ch]) {
-                m2[ch] = -1; /* marks the channel for the second pass */
-                again = 1;
-            }
+            const double shift = s1[ch] / count, lost = s1[ch] * shift, m = s2[ch] < lost ? 0 : s2[ch] - lost;
+            const int wanted = pass == 0 || m2[ch] < 0; /* the second pass is for the channels that were marked */
+            const int bad = pass == 0 && lost > SHIFT_LIMIT * m;
+            mean[ch] = wanted ? K[ch * s] + shift : mean[ch];
+            m2[ch] = bad ? -1 : wanted ? m : m2[ch];
+            again |= bad;
         }
-        if (!again) return;
+        if (pass == 1 || !again) return;
         for (ptrdiff_t ch = 0; ch < c; ch++)
             for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = mean[ch];
     }
@@ -433,10 +435,10 @@ static void FN(reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff
                                    m + at, p + ch * s, pitch, s1 + at, s2 + at, relu);
         }
     }
-    for (ptrdiff_t ch = 0; ch < c; ch++) {
-        sum[ch] = FN(sum_columns)(s1, ch, c, s, k);
-        product[ch] = FN(sum_columns)(s2, ch, c, s, k);
-    }
+    FN(sum_columns)(s1, c, s, k);
+    FN(sum_columns)(s2, c, s, k);
+    memcpy(sum, s1, c * sizeof(double));
+    memcpy(product, s2, c * sizeof(double));
 }
 
 /* One vector of dx = scale·((dy - mean dy) - x̂·mean(dy·x̂)); frozen statistics: dx = scale·dy */
