@@ -38,9 +38,16 @@ _EXACT = Context(60, ROUND_HALF_EVEN, Emin=-999999, Emax=999999, capitals=1, cla
 
 
 class BatchNormParams(NamedTuple):
-    """Hold one trained BatchNorm over C channels: four array_like of shape (C,), checked where they are used.
+    """Hold one trained BatchNorm over C channels; its values are checked where they are used.
 
-    gamma and beta may each be None (1 and 0); mean and var are the running statistics.
+    Parameters
+    ----------
+    gamma, beta : array_like of shape (C,), or None
+        Scale and shift; 1 and 0 where None.
+    mean, var : array_like of shape (C,)
+        The running statistics.
+    eps : float
+        ε ≥ 0, with var + ε positive and finite.
     """
 
     gamma: Any

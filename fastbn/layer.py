@@ -160,7 +160,7 @@ class BatchNorm:
         count = saved.count
         var = saved.var * (count / (count - 1)) if self.unbiased else saved.var
         weight = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        with np.errstate(over="ignore", invalid="ignore"):  # a variance that float32 cannot hold becomes inf
+        with np.errstate(all="ignore"):  # a variance that float32 cannot hold becomes inf
             self.running_mean[...] = (1 - weight) * self.running_mean.astype(np.float64) + weight * saved.mean
             self.running_var[...] = (1 - weight) * self.running_var.astype(np.float64) + weight * var
         self.num_batches_tracked += 1
@@ -254,7 +254,7 @@ class BatchNorm:
             if self.unbiased and total.count < 2:
                 raise ValueError(f"batches: expected 2 or more values per channel in all, got {total.count}")
             mean, var = total.mean, total.var(correction=int(self.unbiased))
-        with np.errstate(over="ignore"):  # as in a call
+        with np.errstate(all="ignore"):  # as in a call
             running_mean[...], running_var[...] = mean, var
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -288,7 +288,7 @@ class BatchNorm:
             if tracked.size != 1 or tracked.dtype.kind not in "iu" or tracked.item() < 0:
                 raise ValueError(f"num_batches_tracked: expected an integer of 0 or more, got {tracked!r}")
         new = {key: check.given_channels(key, state_dict[key], self.num_features) for key in own}
-        with np.errstate(over="ignore"):  # as in a call
+        with np.errstate(all="ignore"):  # as in a call
             for key, value in new.items():
                 getattr(self, _STATE[key])[...] = value
         if tracked is not None:

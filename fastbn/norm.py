@@ -67,7 +67,8 @@ def scale_and_shift(
 
 def relu_mask(y: np.ndarray) -> np.ndarray:
     """Return one bit per element in C order: whether the gradient passes ReLU there (y > 0, or NaN)."""
-    return np.packbits(~(y <= 0))
+    with np.errstate(invalid="ignore"):  # bfloat16's comparison warns of NaN
+        return np.packbits(~(y <= 0))
 
 
 def _param_dtype(gamma: Any, x: np.ndarray) -> np.dtype:
@@ -314,6 +315,13 @@ class Moments:
 
     Merging two parts a and b: n = nₐ + n_b, δ = μ_b - μₐ, μ = μₐ + δ·n_b/n, M2 = M2ₐ + M2_b + δ²·nₐ·n_b/n
     (Chan, Golub & LeVeque 1979). An empty part changes nothing.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels, C.
+    axis : int
+        The channel axis of what :meth:`update` is given.
 
     Attributes
     ----------

@@ -150,7 +150,7 @@ class Optimizer:
         held = self._listed(grads)  # our own list: it keeps the arrays alive while the GIL is released
         refused = self._table.bind(held)
         while refused >= 0:
-            held[refused] = self._copied(refused, held[refused])
+            held[refused] = self._usable(refused, held[refused])
             refused = self._table.bind(held, refused)
         budget = threads.budget(self._work, num_threads)
         lr = self._lr
@@ -182,8 +182,8 @@ class Optimizer:
             raise ValueError(f"grads: expected {len(self._params)} arrays, got {len(held)}")
         return held
 
-    def _copied(self, i: int, grad: Any) -> np.ndarray:
-        """Return a contiguous copy of a gradient that the kernel refused, or say what is wrong with it."""
+    def _usable(self, i: int, grad: Any) -> np.ndarray:
+        """Return a gradient that the kernel refused in a form that it takes, or say what is wrong with it."""
         p, where = self._params[i], self._names[i]
         if not p.flags.writeable or not self._table.holds(i):
             raise ValueError(f"params{where}: expected it writable and in its place, got it changed")
@@ -195,7 +195,7 @@ class Optimizer:
         near = self._table.near(*np.lib.array_utils.byte_bounds(g))  # one search, before comparing with each
         if near and any(check.shares_memory(g, other) for other in self._params):
             raise ValueError(f"grads{where}: expected memory apart from the parameters, got an overlap")
-        return g.astype(p.dtype, order="C")
+        return np.require(g, p.dtype, ["C_CONTIGUOUS", "ALIGNED"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"step": int, slot: [one array per parameter, of its shape]}``, in copies.

@@ -115,6 +115,11 @@ def set_num_threads(n: int) -> None:
 def num_threads(n: int) -> Iterator[None]:
     """Set the number of threads inside a ``with`` block, for the calling Python thread only.
 
+    Parameters
+    ----------
+    n : int
+        1 or more, as in :func:`set_num_threads`.
+
     Examples
     --------
     >>> import fastbn

@@ -119,8 +119,9 @@ def half_unit(values, dtype):
     if np.dtype(dtype).itemsize > 2:
         return np.zeros(np.shape(values))
     bits, smallest = (11, -24) if dtype == np.float16 else (8, -133)  # of the significand; exponent of a subnormal
-    exponent = np.frexp(np.asarray(values, np.float64))[1]
-    return np.ldexp(0.5, np.maximum(exponent - bits, smallest))
+    values = np.asarray(values, np.float64)
+    exponent = np.where(values == 0, smallest, np.frexp(values)[1] - bits)
+    return np.ldexp(0.5, np.maximum(exponent, smallest))
 
 
 def spread(forward, dtype, axis):

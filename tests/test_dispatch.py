@@ -35,8 +35,9 @@ DIGEST = """
         return np.random.default_rng(seed).normal(3, 2, shape).astype(dtype)
 
     digest = hashlib.sha256()
+    cases = [((5, 37), 1), ((700, 300), 1), ((3, 4, 25), 1), ((2, 3, 20011), 1), ((9, 13, 7), -1)]
     for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
-        for shape, axis in (((5, 37), 1), ((700, 300), 1), ((3, 4, 25), 1), ((2, 3, 20011), 1), ((9, 13, 7), -1)):
+        for shape, axis in cases:
             x, dy, residual = (data(shape, dtype, seed) for seed in range(3))
             gamma, beta = data((2, shape[axis]), np.float32, 3)
             for given in ({}, {"activation": "relu"}, {"activation": "relu", "residual": residual}):
@@ -51,7 +52,7 @@ DIGEST = """
 """
 
 
-# ---- what is built -------------------------------------------------------------------------------------------------
+# ---- what is built -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isa", EXPECTED_SETS)
@@ -73,7 +74,7 @@ def test_available_are_the_built_sets_that_the_cpu_runs_the_fastest_last():
     assert dispatch.available() == runs
 
 
-# ---- the level of the CPU ------------------------------------------------------------------------------------------
+# ---- the level of the CPU ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not IS_X86 or not CPUINFO.exists(), reason="needs an x86 CPU and Linux's /proc/cpuinfo")
@@ -92,7 +93,7 @@ def test_level_of_another_architecture_is_0():
     assert cpu.x86_level() == 0
 
 
-# ---- the choice ----------------------------------------------------------------------------------------------------
+# ---- the choice --------------------------------------------------------------------------------------------
 
 
 def test_every_set_gives_the_same_bytes():
@@ -127,7 +128,9 @@ def test_a_set_that_the_cpu_does_not_run_is_an_import_error(monkeypatch, level):
     monkeypatch.setenv("FASTBN_ISA", f"v{level + 1}")
     usable = [f"v{n}" for n in range(2, level + 1)]
     assert dispatch.available() == usable
-    with pytest.raises(ImportError, match=rf"^FASTBN_ISA: expected one of {', '.join(usable)} .*got 'v{level + 1}'$"):
+    with pytest.raises(
+        ImportError, match=rf"^FASTBN_ISA: expected one of {', '.join(usable)} .*got 'v{level + 1}'$"
+    ):
         dispatch._choose()
     monkeypatch.delenv("FASTBN_ISA")
     assert dispatch._choose() == f"v{level}"
@@ -145,7 +148,9 @@ def test_a_cpu_below_every_built_set_is_an_import_error(monkeypatch, level):
 def test_a_set_that_was_not_built_is_not_available(monkeypatch):
     missing = f"fastbn._core._kernels_{EXPECTED_SETS[0]}"
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
     assert EXPECTED_SETS[0] not in dispatch.available()
 
 
@@ -154,7 +159,7 @@ def test_load_gives_the_module_of_a_set():
         assert dispatch.load("kernels", isa) is importlib.import_module(f"fastbn._core._kernels_{isa}")
 
 
-# ---- show_config ---------------------------------------------------------------------------------------------------
+# ---- show_config -------------------------------------------------------------------------------------------
 
 
 def test_show_config_returns_what_is(capsys):
@@ -165,7 +170,11 @@ def test_show_config_returns_what_is(capsys):
         "threads": fastbn.get_num_threads(),
         "openmp": openmp.version() or False,
         "caches": {"L1": caches.L1, "L2": caches.L2, "L3": caches.L3},
-        "versions": {"fastbn": fastbn.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {
+            "fastbn": fastbn.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
     }
     assert capsys.readouterr().out
 
@@ -177,13 +186,14 @@ def test_show_config_prints_one_line_per_entry(capsys, monkeypatch):
         fastbn.show_config()
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     shown = {key: value.strip() for key, value in lines.items()}
+    versions = {"fastbn": fastbn.__version__, "numpy": np.__version__, "python": platform.python_version()}
     assert shown == {
         "instruction set": dispatch.isa,
         "instruction sets available": ", ".join(dispatch.available()),
         "threads": "3" if openmp.version() else "1",
         "openmp": str(openmp.version() or "no: every call uses one thread"),
         "caches": "L1 48 KiB, L2 1 MiB, L3 96 MiB",
-        "versions": f"fastbn {fastbn.__version__}, numpy {np.__version__}, python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
@@ -195,7 +205,7 @@ def test_show_config_says_so_without_openmp(capsys, monkeypatch):
     assert "no: every call uses one thread" in capsys.readouterr().out
 
 
-# ---- caches --------------------------------------------------------------------------------------------------------
+# ---- caches ------------------------------------------------------------------------------------------------
 
 
 def write_cache(folder, index, **files):

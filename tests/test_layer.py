@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference import U32, U64, assert_within, over_channels
+from strategies import BFLOAT16, FLOAT16
 
 import fastbn
 from fastbn import BatchNorm
 
-# ---- data and layers ---------------------------------------------------------------------------------------------
+# ---- data and layers ---------------------------------------------------------------------------------------
 
 
 def moments(x, axis=1):
@@ -27,7 +28,9 @@ def moments(x, axis=1):
 
 def assert_inference(y, x, bn):
     """Hold y = bn(x) in inference mode to the contract's bound."""
-    expected = reference.infer(x, bn.running_mean, bn.running_var, bn.gamma, bn.beta, axis=bn.axis, eps=bn.eps)
+    expected = reference.infer(
+        x, bn.running_mean, bn.running_var, bn.gamma, bn.beta, axis=bn.axis, eps=bn.eps
+    )
     assert_within(y, expected.y, reference.y_bound(expected, bn.gamma, bn.beta, x.dtype, bn.axis))
 
 
@@ -56,7 +59,7 @@ def snapshot(bn):
     return kept | {"num_batches_tracked": bn.num_batches_tracked, "training": bn.training, "saved": bn._saved}
 
 
-# ---- construction --------------------------------------------------------------------------------------------------
+# ---- construction ------------------------------------------------------------------------------------------
 
 
 def test_a_new_layer():
@@ -78,31 +81,27 @@ def test_a_layer_without_parameters_or_statistics():
     assert BatchNorm(3, track_running_stats=False).gamma is not None
 
 
-def half_types():
-    names = [np.dtype(np.float16)]
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    return [*names, np.dtype(ml_dtypes.bfloat16)]
-
-
-@pytest.mark.parametrize(("given", "expected"), [(np.float64, "float64"), ("float32", "float32"), ("f8", "float64"),
-                                                 (np.dtype(np.float16), "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(np.float64, "float64"), ("float32", "float32"), ("f8", "float64"), (np.dtype(np.float16), "float32")],
+)
 def test_dtype_is_that_of_parameters_and_statistics(given, expected):
     bn = BatchNorm(2, dtype=given)
     assert {a.dtype.name for a in (bn.gamma, bn.beta, bn.running_mean, bn.running_var)} == {expected}
 
 
-def test_half_types_keep_float32_parameters_and_take_half_data():
-    for dtype in half_types():
-        bn = BatchNorm(2, dtype=dtype)
-        assert {a.dtype for a in (bn.gamma, bn.beta, bn.running_mean, bn.running_var)} == {np.dtype(np.float32)}
-        x = random(6, 2).astype(dtype)
-        y = bn(x)
-        dx = bn.backward(y)
-        assert (y.dtype, dx.dtype) == (dtype, dtype)
-        assert (bn.grad_gamma.dtype, bn.running_mean.dtype) == (np.float32, np.float32)
-        m, mean, var = moments(x)
-        assert_within(bn.running_mean, 0.1 * mean, 4 * U32 * np.abs(mean))
-        assert_within(bn.running_var, 0.9 + 0.1 * var * m / (m - 1), 4 * U32 * (1 + var))
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_half_types_keep_float32_parameters_and_take_half_data(dtype):
+    bn = BatchNorm(2, dtype=dtype)
+    assert {a.dtype.name for a in (bn.gamma, bn.beta, bn.running_mean, bn.running_var)} == {"float32"}
+    x = random(6, 2, dtype=dtype)
+    y = bn(x)
+    dx = bn.backward(y)
+    assert (y.dtype, dx.dtype) == (dtype, dtype)
+    assert bn.grad_gamma.dtype == bn.running_mean.dtype == np.float32
+    m, mean, var = moments(x)
+    assert_within(bn.running_mean, 0.1 * mean, 4 * U32 * np.abs(mean))
+    assert_within(bn.running_var, 0.9 + 0.1 * var * m / (m - 1), 4 * U32 * (1 + var))
 
 
 NAN, INF = float("nan"), float("inf")
@@ -115,12 +114,15 @@ REFUSED = [
     *(("eps", value, TypeError) for value in ("1e-5", None, True, 1j, [1e-5, 1e-5])),
     *(("momentum", value, ValueError) for value in (-0.1, 1.1, NAN, INF, -INF, 2, 10**400)),
     *(("momentum", value, TypeError) for value in ("0.1", True, 0.1j, [])),
-    *(("activation", value, ValueError) for value in ("gelu", "RELU", "", 1, True, ("relu",), ["relu"], b"relu")),
-    *(("dtype", value, TypeError) for value in (int, complex, object, "no such", np.int8, "U4", np.longdouble)),
+    *(
+        ("activation", value, ValueError)
+        for value in ("gelu", "RELU", "", 1, True, ("relu",), ["relu"], b"relu")
+    ),
+    *(("dtype", value, TypeError) for value in (int, complex, object, "no such", np.int8, "U4", np.uint16)),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "error"), REFUSED, ids=[f"{n}={str(v):.20}" for n, v, _ in REFUSED])
+@pytest.mark.parametrize(("name", "value", "error"), REFUSED, ids=[f"{n}={v!s:.20}" for n, v, _ in REFUSED])
 def test_the_constructor_refuses(name, value, error):
     with pytest.raises(error, match=rf"^{name}: expected .*, got "):
         BatchNorm(**({"num_features": 3} | {name: value}))
@@ -138,9 +140,20 @@ def test_options_are_named():
         BatchNorm(3, moment=0.1)
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_features", np.int64(3)), ("axis", -1), ("axis", np.int8(2)),
-                                             ("eps", np.float32(0.5)), ("eps", 1), ("momentum", 0), ("momentum", 1),
-                                             ("momentum", None), ("momentum", np.float64(0.5))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_features", np.int64(3)),
+        ("axis", -1),
+        ("axis", np.int8(2)),
+        ("eps", np.float32(0.5)),
+        ("eps", 1),
+        ("momentum", 0),
+        ("momentum", 1),
+        ("momentum", None),
+        ("momentum", np.float64(0.5)),
+    ],
+)
 def test_the_constructor_accepts(name, value):
     assert getattr(BatchNorm(**({"num_features": 3} | {name: value})), name) == value
 
@@ -172,10 +185,17 @@ def test_repr_is_the_call_that_makes_the_layer(options):
     assert ("affine" in text, "activation" in text) == ("affine" in options, "activation" in options)
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
-SHAPES = [((16, 3), 1), ((4, 3, 9), 1), ((2, 3, 4, 5), 1), ((2, 4, 5, 3), -1), ((3, 8), 0), ((2, 2, 3, 2, 4), 2),
-          ((5, 3, 4), -2)]  # fmt: skip
+SHAPES = [
+    ((16, 3), 1),
+    ((4, 3, 9), 1),
+    ((2, 3, 4, 5), 1),
+    ((2, 4, 5, 3), -1),
+    ((3, 8), 0),
+    ((2, 2, 3, 2, 4), 2),
+    ((5, 3, 4), -2),
+]
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
@@ -235,7 +255,7 @@ def test_the_running_variance_has_bessels_correction_only_if_unbiased():
         bn = BatchNorm(1, momentum=1.0, unbiased=unbiased, dtype=np.float64)
         bn(x)
         assert bn.running_mean.tolist() == [2]
-        assert_within(bn.running_var, expected, 4 * U64 * expected)
+        assert_within(bn.running_var, [expected], 4 * U64 * expected)
 
 
 batches_of_integers = st.integers(1, 3).flatmap(
@@ -293,10 +313,28 @@ def test_a_variance_beyond_float32_becomes_inf_without_a_warning():
     assert y[:, 0].tolist() == [1, -1]
 
 
+def test_an_error_state_that_raises_breaks_off_no_call():
+    x = np.array([[1e-300, 1], [3e-300, 2]])
+    bn = BatchNorm(2)
+    with np.errstate(all="raise"):  # 1e-300 is 0 in float32
+        bn(x)
+        bn.recalibrate([x])
+        bn.load_state_dict(bn.state_dict() | {"bias": [1e-300, 0], "weight": [1e300, 1]})
+    assert (bn.num_batches_tracked, bn.running_mean.tolist()) == (1, [0, 1.5])
+    assert (bn.gamma.tolist(), bn.beta.tolist()) == ([np.inf, 1], [0, 0])
+
+
 def test_every_kind_of_array_is_taken():
     x = np.array([[1, 10], [3, 30], [8, 35]])
     expected = BatchNorm(2)(x.astype(np.float64))
-    for given_x in (x, x.tolist(), x.astype(">f8"), x.astype(np.int16), x[::-1].copy()[::-1], np.asfortranarray(x)):
+    for given_x in (
+        x,
+        x.tolist(),
+        x.astype(">f8"),
+        x.astype(np.int16),
+        x[::-1].copy()[::-1],
+        np.asfortranarray(x),
+    ):
         bn = BatchNorm(2)
         y = bn(given_x)
         assert y.dtype == np.float64
@@ -315,7 +353,7 @@ def test_the_input_is_not_modified():
     assert x.tobytes() == before
 
 
-# ---- inference -----------------------------------------------------------------------------------------------------
+# ---- inference ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
@@ -372,12 +410,16 @@ def test_a_call_in_inference_after_training_and_back():
     assert bn.num_batches_tracked == 2
 
 
-# ---- backward ------------------------------------------------------------------------------------------------------
+# ---- backward ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"affine": False}], ids=str)
 def test_gradients_in_training_are_the_functions(options):
-    bn, x, dy = some_layer(**options), random(2, 3, 4, dtype=np.float32), random(2, 3, 4, seed=1, dtype=np.float32)
+    bn, x, dy = (
+        some_layer(**options),
+        random(2, 3, 4, dtype=np.float32),
+        random(2, 3, 4, seed=1, dtype=np.float32),
+    )
     y = bn(x)
     expected_y, saved = fastbn.batch_norm_train(x, bn.gamma, bn.beta, activation=bn.activation)
     expected = fastbn.batch_norm_backward(dy, saved)
@@ -400,7 +442,10 @@ def test_gradients_in_inference_are_those_of_constants(shape, axis):
     slope = reference.expand(bn.gamma * frozen.rstd, x.ndim, axis)
     assert_within(dx, slope * dy, 8 * U64 * np.abs(slope * dy))
     # sums of m products, each rounded, in any order; and x - mean is rounded at the size of both
-    m, size = x.size // 3, np.abs(frozen.xhat) + 4 * reference.expand((1 + np.abs(frozen.mean)) * frozen.rstd, x.ndim, axis)
+    m, size = (
+        x.size // 3,
+        np.abs(frozen.xhat) + 4 * reference.expand((1 + np.abs(frozen.mean)) * frozen.rstd, x.ndim, axis),
+    )
     sums = (over_channels(np.sum, v, axis) for v in (dy * frozen.xhat, np.abs(dy) * size, dy, np.abs(dy)))
     dgamma, dgamma_size, dbeta, dbeta_size = sums
     assert_within(bn.grad_gamma, dgamma, (m + 8) * U64 * dgamma_size)
@@ -410,7 +455,7 @@ def test_gradients_in_inference_are_those_of_constants(shape, axis):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_are_finite_differences(training, activation):
-    """Σ w·y moves by h·gradient as x, gamma or beta moves by h; the quotient's error is O(h²), and rounding over h."""
+    """Σ w·y moves by h·gradient as x, gamma or beta moves by h; the quotient errs by O(h²) and rounding/h."""
     bn = some_layer(dtype=np.float64, activation=activation, momentum=0.0).train(training)
     x, w = random(6, 3), random(6, 3, seed=5)
 
@@ -517,7 +562,7 @@ def test_gradients_in_training_are_orthogonal_to_shift_and_scale():
     assert_within((dx * x_hat).sum(axis=0), 0, (16 * m * U64 + bn.eps / var) * size)
 
 
-# ---- ReLU and residual ---------------------------------------------------------------------------------------------
+# ---- ReLU and residual -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -587,20 +632,35 @@ def test_relu_has_gradient_0_where_y_is_0_and_nan_passes(training, with_residual
         assert bn.grad_beta.tolist() == [3, 0]
 
 
-# ---- calls that fail, and the empty batch --------------------------------------------------------------------------
+# ---- calls that fail, and the empty batch ------------------------------------------------------------------
 
 GOOD = random(4, 3, dtype=np.float32)
 FAILING_CALLS = {
-    "too few channels": (ValueError, r"^x: expected 3 channels on axis 1, got shape \(4, 2\)$", GOOD[:, :2], {}),
+    "too few channels": (
+        ValueError,
+        r"^x: expected 3 channels on axis 1, got shape \(4, 2\)$",
+        GOOD[:, :2],
+        {},
+    ),
     "too many channels": (ValueError, r"^x: expected 3 channels", random(4, 6), {}),
     "one dimension": (ValueError, r"^x: expected 2 or more dimensions", GOOD[0], {}),
     "complex": (TypeError, r"^x: expected an array of", GOOD.astype(complex), {}),
     "object": (TypeError, r"^x: expected an array of", GOOD.astype(object), {}),
-    "out of another shape": (ValueError, r"^out: expected shape", GOOD, {"out": np.zeros((4, 4), np.float32)}),
+    "out of another shape": (
+        ValueError,
+        r"^out: expected shape",
+        GOOD,
+        {"out": np.zeros((4, 4), np.float32)},
+    ),
     "out of another dtype": (ValueError, r"^out: expected dtype", GOOD, {"out": np.zeros((4, 3))}),
     "out that is a list": (TypeError, r"^out: expected a NumPy array", GOOD, {"out": GOOD.tolist()}),
     "residual of another shape": (ValueError, r"^residual: expected shape", GOOD, {"residual": GOOD[:2]}),
-    "residual of another dtype": (ValueError, r"^residual: expected dtype", GOOD, {"residual": GOOD.astype("f8")}),
+    "residual of another dtype": (
+        ValueError,
+        r"^residual: expected dtype",
+        GOOD,
+        {"residual": GOOD.astype("f8")},
+    ),
     "no threads": (ValueError, r"^num_threads: ", GOOD, {"num_threads": 0}),
 }
 
@@ -665,7 +725,9 @@ def test_one_value_per_channel_is_refused_in_training(shape):
 @pytest.mark.parametrize("axis", [-3, 2, 7])
 def test_an_axis_that_the_input_lacks_is_refused(axis):
     bn = BatchNorm(3, axis=axis)
-    with pytest.raises(ValueError, match=rf"^axis: expected -2 to 1 for an array of 2 dimensions, got {axis}$"):
+    with pytest.raises(
+        ValueError, match=rf"^axis: expected -2 to 1 for an array of 2 dimensions, got {axis}$"
+    ):
         bn(GOOD)
     assert bn.num_batches_tracked == 0
 
@@ -702,7 +764,7 @@ def test_out_of_a_call():
         assert out.tobytes() == expected.tobytes()
 
 
-# ---- PyTorch -------------------------------------------------------------------------------------------------------
+# ---- PyTorch -----------------------------------------------------------------------------------------------
 
 TORCH_SHAPES = [((16, 3), "1d"), ((4, 3, 9), "1d"), ((2, 3, 4, 5), "2d"), ((2, 3, 2, 3, 4), "3d")]
 
@@ -710,7 +772,9 @@ TORCH_SHAPES = [((16, 3), "1d"), ((4, 3, 9), "1d"), ((2, 3, 4, 5), "2d"), ((2, 3
 def torch_layer(torch, kind, bn):
     options = {"eps": bn.eps, "momentum": bn.momentum, "affine": bn.affine}
     module = getattr(torch.nn, f"BatchNorm{kind}")
-    layer = module(bn.num_features, track_running_stats=bn.track_running_stats, dtype=torch.float64, **options)
+    layer = module(
+        bn.num_features, track_running_stats=bn.track_running_stats, dtype=torch.float64, **options
+    )
     layer.load_state_dict({key: torch.from_numpy(value) for key, value in bn.state_dict().items()})
     return layer.train(bn.training)
 
@@ -748,7 +812,13 @@ def assert_as_torch(bn, theirs, torch, x, dy, residual=None):
 @pytest.mark.parametrize(("shape", "kind"), TORCH_SHAPES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.5, "momentum": 0.75}],
+    [
+        {},
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"eps": 0.5, "momentum": 0.75},
+    ],
     ids=str,
 )
 def test_training_and_inference_are_pytorchs(shape, kind, options):
@@ -781,7 +851,9 @@ def test_a_state_goes_to_pytorch_and_comes_back():
     bn = some_layer()
     bn(GOOD)
     theirs = torch.nn.BatchNorm1d(3)
-    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in bn.state_dict().items()}, strict=True)
+    theirs.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in bn.state_dict().items()}, strict=True
+    )
     assert int(theirs.num_batches_tracked) == 1
     assert theirs.weight.detach().numpy().tobytes() == bn.gamma.tobytes()
 
@@ -791,8 +863,12 @@ def test_a_state_goes_to_pytorch_and_comes_back():
     again = BatchNorm(3)
     again.load_state_dict(theirs.state_dict())
     assert again.num_batches_tracked == 2
-    for array, tensor in ((again.gamma, theirs.weight), (again.beta, theirs.bias),
-                          (again.running_mean, theirs.running_mean), (again.running_var, theirs.running_var)):  # fmt: skip
+    for array, tensor in (
+        (again.gamma, theirs.weight),
+        (again.beta, theirs.bias),
+        (again.running_mean, theirs.running_mean),
+        (again.running_var, theirs.running_var),
+    ):
         assert array.tobytes() == tensor.detach().numpy().tobytes()
 
 
@@ -801,7 +877,7 @@ def test_a_tensor_may_be_the_input():
     assert np.array_equal(BatchNorm(3)(torch.from_numpy(GOOD)), BatchNorm(3)(GOOD))
 
 
-# ---- the state -----------------------------------------------------------------------------------------------------
+# ---- the state ---------------------------------------------------------------------------------------------
 
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 
@@ -833,14 +909,17 @@ def test_state_is_a_copy():
     assert snapshot(bn) == before
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"dtype": np.float64}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"dtype": np.float64}], ids=str
+)
 def test_state_goes_round(options):
     bn, other = some_layer(seed=1, **options), some_layer(seed=2, **options)
     bn(GOOD)
     state = bn.state_dict()
     assert other.load_state_dict(state) is None
-    assert {k: v.tobytes() for k, v in other.state_dict().items()} == {k: v.tobytes() for k, v in state.items()}
+    assert {k: v.tobytes() for k, v in other.state_dict().items()} == {
+        k: v.tobytes() for k, v in state.items()
+    }
     assert other.num_batches_tracked == bn.num_batches_tracked
     assert type(other.num_batches_tracked) is int
     x = random(8, 3, seed=3, dtype=np.float32)
@@ -853,7 +932,9 @@ def test_loading_fills_the_same_arrays_and_keeps_none_of_the_given():
     arrays = bn.gamma, bn.beta, bn.running_mean, bn.running_var
     state = some_layer(seed=2).state_dict()
     bn.load_state_dict(state)
-    assert all(a is b for a, b in zip(arrays, (bn.gamma, bn.beta, bn.running_mean, bn.running_var), strict=True))
+    assert all(
+        a is b for a, b in zip(arrays, (bn.gamma, bn.beta, bn.running_mean, bn.running_var), strict=True)
+    )
     before = snapshot(bn)
     for value in state.values():
         value[...] = 9
@@ -862,10 +943,15 @@ def test_loading_fills_the_same_arrays_and_keeps_none_of_the_given():
 
 def test_loading_takes_lists_and_other_dtypes():
     bn = BatchNorm(2)
-    bn.load_state_dict({
-        "weight": [1, 2], "bias": np.array([0.5, -0.5], np.float16), "running_mean": np.array([3, 4], np.int32),
-        "running_var": np.array([1.5, 2.5], ">f8"), "num_batches_tracked": 7,
-    })  # fmt: skip
+    bn.load_state_dict(
+        {
+            "weight": [1, 2],
+            "bias": np.array([0.5, -0.5], np.float16),
+            "running_mean": np.array([3, 4], np.int32),
+            "running_var": np.array([1.5, 2.5], ">f8"),
+            "num_batches_tracked": 7,
+        }
+    )
     assert (bn.gamma.tolist(), bn.beta.tolist()) == ([1, 2], [0.5, -0.5])
     assert (bn.running_mean.tolist(), bn.running_var.tolist()) == ([3, 4], [1.5, 2.5])
     assert bn.gamma.dtype == bn.running_var.dtype == np.float32
@@ -876,7 +962,9 @@ def test_loading_takes_lists_and_other_dtypes():
 
 def test_the_loaded_count_weighs_the_cumulative_average():
     bn = BatchNorm(1, momentum=None, dtype=np.float64)
-    bn.load_state_dict({"weight": [1], "bias": [0], "running_mean": [6.0], "running_var": [2.0], "num_batches_tracked": 3})
+    bn.load_state_dict(
+        {"weight": [1], "bias": [0], "running_mean": [6.0], "running_var": [2.0], "num_batches_tracked": 3}
+    )
     bn([[1.0], [3.0]])  # mean 2, variance 2
     assert bn.running_mean.tolist() == [5]
     assert bn.running_var.tolist() == [2]
@@ -894,7 +982,12 @@ def bad_states():
         yield f"{key} text", {key: ["a", "b", "c"]}, TypeError, rf"^{key}: expected real numbers"
         yield f"{key} None", {key: None}, TypeError, rf"^{key}: expected shape"
     for value in (-1, 1.5, [1, 2], [], "one", None, True):
-        yield f"num_batches_tracked {value}", {"num_batches_tracked": value}, ValueError, "^num_batches_tracked: expected"
+        yield (
+            f"num_batches_tracked {value}",
+            {"num_batches_tracked": value},
+            ValueError,
+            "^num_batches_tracked: expected",
+        )
     yield "unknown", {"num_batches": 3}, ValueError, "unknown: num_batches$"
     yield "gamma", {"gamma": np.ones(3)}, ValueError, "missing: none; unknown: gamma$"
 
@@ -938,9 +1031,10 @@ def test_loading_refuses_what_is_no_mapping(state):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "copy_of", [copy.deepcopy, copy.copy, *(lambda bn, p=p: pickle.loads(pickle.dumps(bn, p)) for p in (2, 4, 5))],
+    "copy_of",
+    [copy.deepcopy, copy.copy, *(lambda bn, p=p: pickle.loads(pickle.dumps(bn, p)) for p in (2, 4, 5))],
     ids=["deepcopy", "copy", "pickle 2", "pickle 4", "pickle 5"],
-)  # fmt: skip
+)
 def test_a_copy_goes_on_where_the_layer_stands(copy_of, training):
     bn = some_layer(activation="relu", momentum=None).train(training)
     residual = random(4, 3, seed=2, dtype=np.float32)
@@ -966,7 +1060,7 @@ def test_what_is_saved_for_backward_can_be_copied():
         assert not np.shares_memory(again.x, saved.x)
 
 
-# ---- recalibration -------------------------------------------------------------------------------------------------
+# ---- recalibration -----------------------------------------------------------------------------------------
 
 
 def unchanged(bn, call, error, message):
@@ -1050,7 +1144,9 @@ def test_recalibration_follows_the_axis_and_takes_every_array():
 
 
 @pytest.mark.parametrize("method", ["pooled", "paper"])
-@pytest.mark.parametrize("batches", [[], iter(()), [np.empty((0, 3))], [np.empty((0, 3, 2)), np.empty((2, 3, 0))]])
+@pytest.mark.parametrize(
+    "batches", [[], iter(()), [np.empty((0, 3))], [np.empty((0, 3, 2)), np.empty((2, 3, 0))]]
+)
 def test_recalibration_without_values_changes_nothing(method, batches):
     bn = some_layer()
     before = snapshot(bn)
@@ -1074,7 +1170,11 @@ BAD_BATCHES = {
     "complex": (GOOD.astype(complex), TypeError, r"^x: expected an array of"),
     "text": ("batch", TypeError, r"^x: expected an array of"),
     "None": (None, TypeError, r"^x: expected an array of"),
-    "empty, fewer channels": (np.empty((0, 2)), ValueError, r"^batches: expected 3 channels on axis 1, got 2"),
+    "empty, fewer channels": (
+        np.empty((0, 2)),
+        ValueError,
+        r"^batches: expected 3 channels on axis 1, got 2",
+    ),
 }
 
 
@@ -1091,7 +1191,12 @@ def test_recalibration_needs_two_values_where_it_divides_by_one_less():
     one, three = GOOD[:1], GOOD[:3]
     for unbiased in (True, False):
         bn = some_layer(unbiased=unbiased)
-        unchanged(bn, lambda bn=bn: bn.recalibrate([three, one], method="paper"), ValueError, r"^batches: expected 2")
+        unchanged(
+            bn,
+            lambda bn=bn: bn.recalibrate([three, one], method="paper"),
+            ValueError,
+            r"^batches: expected 2",
+        )
     bn = some_layer()
     unchanged(bn, lambda: bn.recalibrate([one]), ValueError, r"^batches: expected 2 or more values .* got 1$")
     bn.recalibrate([one, three])  # four in all
@@ -1140,7 +1245,7 @@ def test_recalibrated_inference_is_training_on_the_same_batch():
     assert_within(bn.eval()(x), expected, 3 * reference.y_bound(truth, bn.gamma, bn.beta, x.dtype, 1))
 
 
-# ---- scale and shift -----------------------------------------------------------------------------------------------
+# ---- scale and shift ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"dtype": np.float64}, {"eps": 0.5}], ids=str)

@@ -15,7 +15,7 @@ quick = settings(max_examples=300, deadline=None)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)]
 
 
-# ---- arrays of any strides -----------------------------------------------------------------------------------------
+# ---- arrays of any strides ---------------------------------------------------------------------------------
 
 
 @st.composite
@@ -114,7 +114,7 @@ def has_canonical_views(axis, arrays):
     return False
 
 
-# ---- plan ----------------------------------------------------------------------------------------------------------
+# ---- plan --------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -159,6 +159,8 @@ PLANS = {
     "(N, C, 1, 1)": (np.empty((5, 7, 1, 1), F4), 1, (5, 7)),
     "one channel": (np.empty((2, 1, 4, 5), F4), 1, (1, 1, 40)),
     "one channel of two axes": (np.empty((6, 1), F4), 1, (1, 1, 6)),
+    "one channel of many": (np.empty((6, 3), F4)[:, 1:2], 1, NO_VIEW),
+    "one channel of many, (N, C, H, W)": (np.empty((2, 3, 4, 5), F4)[:, 1:2], 1, (2, 1, 20)),
     "(1, C, H, W)": (np.empty((1, 3, 4, 5), F4), 1, (1, 3, 20)),
     "a slice of the batch": (np.empty((9, 3, 4, 5), F4)[::2], 1, (5, 3, 20)),
     "a slice of the channels": (np.empty((2, 9, 4, 5), F4)[:, ::3], 1, (2, 3, 20)),
@@ -174,7 +176,11 @@ PLANS = {
     "a window of one image's plane": (np.empty((1, 3, 6, 7), F4)[..., 1:5, 1:6], 1, (4, 3, 5)),
     "channels last, every other": (np.empty((2, 4, 5, 6), F4)[..., ::2], 3, NO_VIEW),
     "channels last, reversed": (np.empty((5, 6), F4)[:, ::-1], 1, NO_VIEW),
-    "a batch repeated, planes reversed": (np.broadcast_to(np.empty((3, 4, 8), F4), (4, 3, 4, 8))[..., ::-1, ::-1], 1, (4, 3, 32)),
+    "a batch repeated, planes reversed": (
+        np.broadcast_to(np.empty((3, 4, 8), F4), (4, 3, 4, 8))[..., ::-1, ::-1],
+        1,
+        (4, 3, 32),
+    ),
     "one number": (np.broadcast_to(F4(1), (2, 3, 4)), 1, NO_VIEW),
 }
 
@@ -200,6 +206,15 @@ def test_arrays_of_different_order_have_no_view_in_common():
     assert layout.plan(1, last, first) is None
 
 
+def test_a_repeated_array_hides_no_direction_of_the_others():
+    repeated, backward = np.broadcast_to(np.empty(3, F4), (2, 4, 3)), np.empty((2, 4, 3), F4)[::-1, ::-1]
+    for arrays in ((backward, repeated), (repeated, backward)):
+        views = layout.plan(2, *arrays)
+        assert views is not None
+        assert views[0].shape == (8, 3)
+        assert_same_elements(2, arrays, views)
+
+
 def test_a_read_only_array_has_a_read_only_view():
     for array in (np.empty((4, 3, 8), F4)[::2], np.empty((5, 7), F4), np.empty((2, 3, 4, 5), F4)):
         array.flags.writeable = False
@@ -207,7 +222,7 @@ def test_a_read_only_array_has_a_read_only_view():
         assert not view.flags.writeable
 
 
-# ---- arrange -------------------------------------------------------------------------------------------------------
+# ---- arrange -----------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -274,7 +289,7 @@ def test_a_misaligned_output_is_never_handed_to_a_kernel():
     assert not np.shares_memory(view, out)
 
 
-# ---- outputs through the public functions --------------------------------------------------------------------------
+# ---- outputs through the public functions ------------------------------------------------------------------
 
 
 def make_out(kind, shape, dtype):
@@ -359,7 +374,7 @@ def test_any_layout_gives_the_statistics_of_its_values(call, data):
     assert y.shape == x.shape
 
 
-# ---- new arrays ----------------------------------------------------------------------------------------------------
+# ---- new arrays --------------------------------------------------------------------------------------------
 
 
 @quick

@@ -1,20 +1,22 @@
-"""Optimizers: k steps are k steps of the reference, for every dtype, list, number of threads, instruction set."""
+"""Optimizers: k steps are k steps of the reference, in every dtype, with any threads and instruction set."""
 
 import inspect
 import math
+import re
 import subprocess
 import sys
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_optim import CLIPS, Reference
+
 from fastbn import optim
 from fastbn._core import dispatch
 from fastbn._core.dispatch import optim_kernels
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from reference_optim import CLIPS, Reference
 
 CHUNK = optim_kernels.ELEMENTS_PER_CHUNK
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -23,7 +25,6 @@ HALVES = [np.dtype(np.float16), BFLOAT16]
 DTYPES = [FLOAT32, FLOAT64, *HALVES]
 UNIT = {FLOAT32: 2.0**-24, FLOAT64: 2.0**-53}
 EDGES = [0, 1, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 511, 513, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 17]
-quick = settings(max_examples=60, deadline=None)
 
 VARIANTS = [
     ("SGD", {"lr": 0.1}),
@@ -47,7 +48,7 @@ VARIANTS = [
     ("Adam", {"eps_inside_sqrt": True, "eps": 1e-3}),
     ("Adam", {"amsgrad": True, "lr": 0.01, "betas": (0.9, 0.8)}),
     ("AdamW", {}),
-    ("AdamW", {"weight_decay": 0.5, "lr": 0.01, "amsgrad": True, "eps_inside_sqrt": True}),
+    ("AdamW", {"weight_decay": 0.3, "lr": 0.01, "amsgrad": True, "eps_inside_sqrt": True}),
 ]
 CLIPPINGS = [{}, {"clip_value": 0.75}, {"clip_norm": 0.9}, {"clip_global_norm": 1.1}]
 variants = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=[f"{m} {o}" for m, o in VARIANTS])
@@ -78,7 +79,7 @@ def bits(value):
 
 
 def assert_follows(opt, reference):
-    """Parameters and state are within twice the bound of the formulas as written: the kernels order them differently.
+    """Parameters and state are within twice the bound of the formulas, which the kernels order differently.
 
     The reference's arrays know their bounds (`Rounded`).
     """
@@ -113,7 +114,6 @@ class TestAgainstTheReference:
         assert_follows(opt, reference)
 
     @given(st.data())
-    @quick
     def test_any_list(self, data):
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
         shape = st.lists(st.sampled_from([0, 1, 2, 3, 5, 16, 17]), max_size=3).map(tuple)
@@ -137,7 +137,7 @@ class TestAgainstTheReference:
     @variants
     @pytest.mark.parametrize("dtype", UNIT, ids=str)
     def test_mixed_dtypes_are_the_same_as_apart(self, method, options, dtype):
-        """An array's update does not depend on its company: in a list of mixed dtypes the bits are those alone."""
+        """An array's update does not depend on its company: in a mixed list it has the bits it has alone."""
         rng = np.random.default_rng(2)
         shapes, dtypes = [(65,), (7, 9), (CHUNK + 1,), (31,)], [dtype, *DTYPES[:3]]
         start = uniform(rng, shapes, dtypes)
@@ -152,17 +152,24 @@ class TestAgainstTheReference:
         assert bits(together) == bits(alone)
 
     def test_a_long_average_has_no_bias(self):
-        """After 20,000 equal gradients s is g², to a few units: β₂ and 1−β₂ rounded apart would leave 1.3e-5."""
-        g = np.full(16, 1.3, np.float32)
-        opt = optim.Adam([np.zeros(16, np.float32)], lr=0.0)
-        for _ in range(20_000):
+        """β₂ = 0.999 and 1−β₂ rounded apart would make s too large by 1.3e-5, all of them.
+
+        One rounding a step, remembered for 1/(1−β₂) steps, has a standard deviation of u·√(1000/2)/√3 = 8e-7,
+        and over 1000 elements the mean of that is 2.6e-8.
+        """
+        rng = np.random.default_rng(15)
+        opt = optim.Adam([np.zeros(1000, np.float32)], lr=0.0)
+        s = np.zeros(1000)
+        for _ in range(6000):
+            g = rng.standard_normal(1000).astype(np.float32)
             opt.step([g])
-        s = opt.state_dict()["exp_avg_sq"][0].astype(np.float64)
-        # each step rounds s once, which 1/(1−β₂) steps remember: 1000 half units at the worst, of one sign
-        np.testing.assert_allclose(s, np.float64(g) ** 2, rtol=1000 * 2.0**-24 / 8)
+            s += (1 - 0.999) * (g.astype(np.float64) ** 2 - s)
+        error = opt.state_dict()["exp_avg_sq"][0] / s - 1
+        assert abs(error.mean()) < 5 * 2.6e-8
+        assert np.abs(error).max() < 6 * 8e-7
 
     def test_decoupled_decay_is_not_rounded_away(self):
-        """p·(1 − lr·λ) with the factor rounded to float32 would be off by up to 3e-8 a step, always the same way."""
+        """p·(1 − lr·λ) with a factor rounded to float32 would be off by up to 3e-8 a step, all one way."""
         p = np.full(1, 1.0, np.float32)
         opt = optim.AdamW([p], lr=1e-3, weight_decay=0.0123)
         for _ in range(50):
@@ -259,9 +266,10 @@ class TestSameBits:
         )
         whole = start.copy()
         opt = make(method, [whole], options)
-        for (g,) in gradients:
+        for t, (g,) in enumerate(gradients):
             opt.step([g])
-        assert (whole != start).all()  # nothing was skipped: no gradient is 0
+            if t == 0:  # nothing is skipped: no gradient is 0 (a half may round back to where it was)
+                assert (opt.state_dict().get("master", [whole])[0] != start).all()
         heads = [start[:n].copy() for n in EDGES]
         opt = make(method, heads, options)
         for (g,) in gradients:
@@ -277,7 +285,7 @@ class TestSameBits:
         start, grads = uniform(rng, shapes, dtype), uniform(rng, shapes, dtype)
         odd = copies(grads)
         odd[0] = np.asfortranarray(odd[0])
-        odd[1] = np.repeat(odd[1], 2)[::-2][::-1] if False else np.ascontiguousarray(odd[1][::-1])[::-1]
+        odd[1] = np.ascontiguousarray(odd[1][::-1])[::-1]
         odd[2] = np.broadcast_to(odd[2][:1], (4, 5))
         grads[2] = odd[2].copy()
         if dtype != BFLOAT16:
@@ -316,7 +324,7 @@ class TestHalfTypes:
 
     @pytest.mark.parametrize("dtype", HALVES, ids=str)
     def test_every_value_converts(self, dtype):
-        """A step without learning rate leaves all 65,536 values as they are, and the average takes them as float32."""
+        """The average takes all values as float32; without a learning rate a step leaves them as they are."""
         every = np.arange(2**16, dtype=np.uint16).view(dtype)
         every = every[~np.isnan(every.astype(np.float32))]
         p = np.ones(every.size, dtype)
@@ -367,7 +375,6 @@ class TestHalfTypes:
 
 class TestClipping:
     @given(st.data())
-    @quick
     def test_laws(self, data):
         """SGD with lr = 1 from 0: what is subtracted is the clipped gradient."""
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -379,24 +386,23 @@ class TestClipping:
         c = size * data.draw(st.floats(0.01, 100))
         params = [np.zeros_like(g) for g in grads]
         make("SGD", params, {"lr": 1.0, name: c}).step(grads)
-        slack = 1 + 4 * UNIT[dtype]
         if name == "clip_value":
             assert bits([0 - p for p in params]) == bits(
                 [np.clip(g, dtype.type(-c), dtype.type(c)) for g in grads]
             )
             return
-        together = (
-            [(params, grads)] if name == "clip_global_norm" else [([p], [g]) for p, g in zip(params, grads)]
-        )
+        each = [([p], [g]) for p, g in zip(params, grads, strict=True)]
+        together = [(params, grads)] if name == "clip_global_norm" else each
         for after, before in together:
             flat = np.concatenate(after).astype(np.float64) / size
             original = np.concatenate(before).astype(np.float64) / size
             norm, limit = np.linalg.norm(original), c / size
-            assert np.linalg.norm(flat) <= limit * slack
+            tolerance = 4 * UNIT[dtype] + flat.size * 2.0**-53  # c/norm and the product, and our own sums
+            assert np.linalg.norm(flat) <= limit * (1 + tolerance)
             if norm < limit * (1 - 1e-12):
                 assert bits([0 - p for p in after]) == bits(before)
             elif norm > limit * (1 + 1e-12):
-                np.testing.assert_allclose(-flat, original * (limit / norm), rtol=4 * UNIT[dtype], atol=0)
+                np.testing.assert_allclose(-flat, original * (limit / norm), rtol=tolerance, atol=0)
 
     @pytest.mark.parametrize("name", CLIPS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -406,7 +412,7 @@ class TestClipping:
         assert not any(p.any() for p in params)
 
     def test_exactly_c_over_norm(self):
-        """No epsilon is added to the norm: 3-4-5 in exact numbers, over two dtypes, and at c itself nothing happens."""
+        """The norm has no epsilon: 3-4-5 in exact numbers, over two dtypes; at c itself nothing happens."""
         params = [np.zeros(1, np.float32), np.zeros(1)]
         optim.SGD(params, lr=1.0, clip_global_norm=2.5).step([np.array([3.0], np.float32), np.array([4.0])])
         assert [p.item() for p in params] == [-1.5, -2.0]
@@ -415,7 +421,7 @@ class TestClipping:
         assert [p.item() for p in params] == [-3.0, -4.0]
 
     def test_huge_gradients(self):
-        """Squares that overflow float64 do not: neither of all arrays together nor of one beside a small one."""
+        """Values whose squares overflow float64: of all arrays together, and of one beside a small one."""
         for name, expected in (("clip_global_norm", [0.6, 0.8, 0.0]), ("clip_norm", [1.0, 1.0, 0.25])):
             params = [np.zeros(1), np.zeros(1), np.zeros(1)]
             make("SGD", params, {"lr": 1.0, name: 1.0}).step([np.array([x]) for x in (-3e200, -4e200, -0.25)])
@@ -516,7 +522,7 @@ class TestRefusals:
         options = {name: v for name, v in options.items() if name != argument}
         with pytest.raises((ValueError, TypeError), match=rf"{argument}\b.*: expected .*, got ") as caught:
             make(method, [np.zeros(3)], {"lr": 0.1, **options, argument: value})
-        if isinstance(value, float):
+        if isinstance(value, float) and argument != "schedule":
             assert caught.type is ValueError
 
     @pytest.mark.parametrize(("params", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS)
@@ -526,7 +532,7 @@ class TestRefusals:
         assert str(caught.value).startswith(message)
         assert ", got " in str(caught.value)
 
-    BAD_GRADS = {
+    BAD_GRADS: ClassVar = {
         "length": (lambda p: [np.ones((2, 3), np.float32)], "grads: expected 3 arrays, got 1"),
         "no list": (lambda p: np.ones((3, 2)), "grads: expected a list of arrays, got ndarray"),
         "none": (lambda p: None, "grads: expected a list of arrays, got NoneType"),
@@ -548,7 +554,7 @@ class TestRefusals:
         "integers": (lambda p: [None, np.ones(4, int), None], "grads[1]: expected dtype float64, got int64"),
         "itself": (lambda p: [None, p[1], None], "grads[1]: expected memory apart"),
         "another": (
-            lambda p: [None, p[0].view(np.float64).ravel()[[0, 0, 0, 0]], p[2]],
+            lambda p: [None, None, p[1].view(np.float16)[3:8]],
             "grads[2]: expected memory",
         ),
         "strided view": (lambda p: [p[0][:, ::-1], None, None], "grads[0]: expected memory apart"),
@@ -569,13 +575,11 @@ class TestRefusals:
         opt.step(grads)
         before = bits([params, opt.state_dict(), opt.lr])
         asked.clear()
-        with pytest.raises(ValueError) as caught:
-            opt.step(
-                [g if g is not None else grads[i] for i, g in enumerate(b)]
-                if isinstance(b := bad(params), list) and len(b) == 3
-                else b
-            )
-        assert str(caught.value).startswith(message)
+        bad_grads = bad(params)
+        if isinstance(bad_grads, list) and len(bad_grads) == 3:  # the others are all right
+            bad_grads = [grads[i] if g is None else g for i, g in enumerate(bad_grads)]
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            opt.step(bad_grads)
         assert bits([params, opt.state_dict(), opt.lr]) == before
         assert asked == []
         opt.step(grads)
@@ -641,7 +645,7 @@ class TestRefusals:
 
 
 class TestState:
-    SLOTS = {
+    SLOTS: ClassVar = {
         "SGD": ({"lr": 0.1}, []),
         "momentum": ({"lr": 0.1, "momentum": 0.9}, ["momentum_buffer"]),
         "RMSprop": ({"momentum": 0.9, "centered": True}, ["grad_avg", "momentum_buffer", "square_avg"]),
@@ -795,9 +799,8 @@ class TestSchedules:
         assert optim.cosine(1.0, 10, 0.25)(10) == optim.cosine(1.0, 10, 0.25)(10**6) == 0.25
 
     @given(st.floats(1e-6, 1.0), st.integers(0, 50))
-    @quick
     def test_warmup(self, lr, warmup):
-        """Warm-up rises in equal parts to the rate at which the schedule proper starts, which is only put off."""
+        """Warm-up rises in equal parts to the rate where the schedule proper, only put off, starts."""
         for make_schedule in (
             lambda **w: optim.constant(lr, **w),
             lambda **w: optim.inverse_time(lr, 0.1, **w),
@@ -845,7 +848,6 @@ class TestSchedules:
 
 class TestMaxNorm:
     @given(st.data())
-    @quick
     def test_laws(self, data):
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
         shape = data.draw(st.sampled_from([(7,), (4, 6), (3, 2, 5), (2, 3, 3, 3)]))
@@ -855,18 +857,15 @@ class TestMaxNorm:
         c = float(np.linalg.norm(w.astype(float))) * data.draw(st.floats(0.1, 2))
         before = w.copy()
         optim.project_max_norm([w], c, axis)
-        rows = (
-            [(w, before)]
-            if axis is None
-            else list(zip(np.moveaxis(w, axis, 0), np.moveaxis(before, axis, 0)))
-        )
-        for after, row in rows:
+        rows = [a[None] if axis is None else np.moveaxis(a, axis, 0) for a in (w, before)]
+        tolerance = 4 * UNIT[dtype] + w.size * 2.0**-53
+        for after, row in zip(*rows, strict=True):
             norm = np.linalg.norm(row.astype(float).ravel())
-            assert np.linalg.norm(after.astype(float).ravel()) <= c * (1 + 2 * UNIT[dtype])
+            assert np.linalg.norm(after.astype(float).ravel()) <= c * (1 + tolerance)
             if norm < c * (1 - 1e-12):
                 assert bits(after) == bits(row)
             else:
-                np.testing.assert_allclose(after, row * (c / norm), rtol=4 * UNIT[dtype])
+                np.testing.assert_allclose(after, row.astype(float) * (c / norm), rtol=tolerance)
 
     def test_in_place(self):
         """Views, halves, zeros, empty arrays, huge and not finite values."""
@@ -909,8 +908,8 @@ def test_signatures():
     clips = "clip_value=None, clip_norm=None, clip_global_norm=None, schedule=None"
     expected = {
         "SGD": f"params, lr, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0, {clips}",
-        "RMSprop": "params, lr=0.01, alpha=0.99, eps=1e-08, momentum=0.0, centered=False, eps_inside_sqrt=False, "
-        f"weight_decay=0.0, {clips}",
+        "RMSprop": "params, lr=0.01, alpha=0.99, eps=1e-08, momentum=0.0, centered=False, "
+        f"eps_inside_sqrt=False, weight_decay=0.0, {clips}",
         "Adam": "params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False, "
         f"eps_inside_sqrt=False, {clips}",
         "AdamW": "params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, amsgrad=False, "
@@ -922,7 +921,7 @@ def test_signatures():
 
 
 def test_bfloat16_needs_no_import():
-    """Half precision is known by its name: only who passes bfloat16 has imported ml_dtypes."""
+    """bfloat16 is known by its name: only who passes such arrays has imported ml_dtypes."""
     code = (
         "import sys, numpy as np; from fastbn import optim\n"
         "p = np.ones(3, np.float16); optim.Adam([p]).step([np.ones(3, np.float16)])\n"

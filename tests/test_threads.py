@@ -20,7 +20,9 @@ from fastbn._core import openmp
 PARALLEL = openmp.version() > 0
 needs_openmp = pytest.mark.skipif(not PARALLEL, reason="built without OpenMP: one thread is all there is")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-needs_task_list = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc to count threads")
+needs_task_list = pytest.mark.skipif(
+    not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc to count threads"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def untouched_settings(monkeypatch):
     monkeypatch.setattr(threads, "_used_threads", threads._used_threads)
 
 
-# ---- who decides ---------------------------------------------------------------------------------------------------
+# ---- who decides -------------------------------------------------------------------------------------------
 
 
 @needs_openmp
@@ -108,9 +110,15 @@ def test_other_python_threads_see_the_choice():
 
 
 BAD_NUMBERS = [
-    (0, ValueError), (-1, ValueError), (True, ValueError), (1.0, TypeError), ("2", TypeError), (None, TypeError),
-    (math.nan, TypeError), ([2], TypeError),
-]  # fmt: skip
+    (0, ValueError),
+    (-1, ValueError),
+    (True, ValueError),
+    (1.0, TypeError),
+    ("2", TypeError),
+    (None, TypeError),
+    (math.nan, TypeError),
+    ([2], TypeError),
+]
 
 
 @pytest.mark.parametrize(("n", "error"), BAD_NUMBERS)
@@ -140,7 +148,7 @@ def test_a_call_refuses_such_a_number(call, n, error):
         CALLS[call](n)
 
 
-# ---- the budget ----------------------------------------------------------------------------------------------------
+# ---- the budget --------------------------------------------------------------------------------------------
 
 WORTH = threads.ELEMENTS_PER_THREAD
 
@@ -170,11 +178,13 @@ def test_the_budget_is_within_context_and_choice():
 def test_a_call_gets_what_it_asks_for():
     with fastbn.num_threads(1):
         assert threads.budget(1, 5) == 5
+        assert threads.budget(1, 10**30) == threads.MOST
 
 
 @needs_openmp
-@pytest.mark.parametrize(("elements", "requested", "used"), [(1 << 20, None, True), (8, None, False), (8, 1, False),
-                                                              (8, 2, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("elements", "requested", "used"), [(1 << 20, None, True), (8, None, False), (8, 1, False), (8, 2, True)]
+)
 def test_more_than_one_thread_is_remembered_for_forks(monkeypatch, elements, requested, used):
     monkeypatch.setattr(threads, "_used_threads", False)
     threads.budget(elements, requested)
@@ -194,13 +204,16 @@ def test_without_openmp_there_is_one_thread(monkeypatch):
     assert threads._used_threads is False
 
 
-# ---- the environment -----------------------------------------------------------------------------------------------
+# ---- the environment ---------------------------------------------------------------------------------------
 
 
 @needs_openmp
 @pytest.mark.parametrize("n", [1, 3, 16])
 def test_omp_num_threads_is_the_default(n):
-    assert run_python("import fastbn; print(fastbn.get_num_threads())", OMP_NUM_THREADS=str(n)).stdout == f"{n}\n"
+    assert (
+        run_python("import fastbn; print(fastbn.get_num_threads())", OMP_NUM_THREADS=str(n)).stdout
+        == f"{n}\n"
+    )
 
 
 FEW_CPUS = """
@@ -213,7 +226,9 @@ FEW_CPUS = """
 
 @needs_openmp
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no CPU affinity")
-@pytest.mark.parametrize(("given", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "3"}, 3)], ids=["unset", "set"])
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 1), ({"OMP_NUM_THREADS": "3"}, 3)], ids=["unset", "set"]
+)
 def test_the_default_is_the_usable_cpus_unless_omp_num_threads_says_more(given, expected):
     assert run_python(FEW_CPUS.format(cpus=1), **given).stdout == f"{expected}\n"
 
@@ -304,7 +319,7 @@ def test_a_limit_of_threadpoolctl_starts_no_thread():
     assert threads_started("train", how, OMP_NUM_THREADS="4") == 0
 
 
-# ---- usable CPUs ---------------------------------------------------------------------------------------------------
+# ---- usable CPUs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no CPU affinity")
@@ -359,20 +374,27 @@ def control_groups(tmp_path):
     return ControlGroups(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("150000 100000", 1.5), ("50000 100000", 0.5), ("max 100000", math.inf)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("150000 100000", 1.5), ("50000 100000", 0.5), ("max 100000", math.inf)]
+)
 def test_version_2_grants_quota_by_period(control_groups, text, expected):
     assert control_groups.member_of("0::/job").v2("job", text).quota() == expected
 
 
 def test_version_2_takes_the_least_of_a_group_and_those_above(control_groups):
-    control_groups.member_of("0::/a/b/c").v2("a/b/c", "max 100000").v2("a/b", "400000 100000").v2("a", "300000 100000")
+    control_groups.member_of("0::/a/b/c").v2("a/b/c", "max 100000").v2("a/b", "400000 100000").v2(
+        "a", "300000 100000"
+    )
     assert control_groups.quota() == 3
     assert control_groups.v2("a/b/c", "200000 100000").quota() == 2
     assert control_groups.v2("", "100000 100000").quota() == 1
 
 
 def test_version_2_does_not_count_another_group(control_groups):
-    assert control_groups.member_of("0::/mine").v2("mine", "max 100000").v2("other", "1000 100000").quota() == math.inf
+    assert (
+        control_groups.member_of("0::/mine").v2("mine", "max 100000").v2("other", "1000 100000").quota()
+        == math.inf
+    )
 
 
 def test_version_2_in_a_container_the_mounted_root_counts(control_groups):
@@ -382,12 +404,16 @@ def test_version_2_in_a_container_the_mounted_root_counts(control_groups):
 @pytest.mark.parametrize(("quota", "expected"), [(150000, 1.5), (-1, math.inf), (0, math.inf)])
 @pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
 def test_version_1_grants_quota_by_period(control_groups, controllers, quota, expected):
-    control_groups.member_of("5:memory:/m", f"4:{controllers}:/job", "1:name=systemd:/s").v1("job", quota, 100000)
+    control_groups.member_of("5:memory:/m", f"4:{controllers}:/job", "1:name=systemd:/s").v1(
+        "job", quota, 100000
+    )
     assert control_groups.quota() == expected
 
 
 def test_version_1_reads_only_the_cpu_controller(control_groups):
-    control_groups.member_of("4:cpuset,cpuacct:/job", "3:cpu:/free").v1("job", 1000, 100000).v1("free", -1, 100000)
+    control_groups.member_of("4:cpuset,cpuacct:/job", "3:cpu:/free").v1("job", 1000, 100000).v1(
+        "free", -1, 100000
+    )
     assert control_groups.quota() == math.inf
 
 
@@ -416,7 +442,7 @@ def test_nothing_above_the_mount_is_read(control_groups):
     assert control_groups.member_of("0::/job").v2("job", "max 100000").quota() == math.inf
 
 
-# ---- forks ---------------------------------------------------------------------------------------------------------
+# ---- forks -------------------------------------------------------------------------------------------------
 
 FORK = """
     import os, signal, warnings
@@ -444,7 +470,9 @@ FORK = """
 @needs_openmp
 @needs_fork
 def test_a_forked_child_works_after_the_parent_used_threads():
-    code = FORK + """
+    code = (
+        FORK
+        + """
     expected = work(1)
     assert work(4) == expected
     fastbn.set_num_threads(4)
@@ -455,16 +483,20 @@ def test_a_forked_child_works_after_the_parent_used_threads():
     assert in_child(lambda: in_child(lambda: work(4) == expected) == 0) == 0
     assert fastbn.get_num_threads() == 4 and work(4) == expected
     """
+    )
     run_python(code)
 
 
 @needs_openmp
 @needs_fork
 def test_a_child_forked_before_any_threads_may_use_them():
-    code = FORK + """
+    code = (
+        FORK
+        + """
     expected = work(1)
     assert in_child(lambda: work(4) == expected and fastbn.threads.budget(8, 4) == 4) == 0
     """
+    )
     run_python(code)
 
 
@@ -491,7 +523,7 @@ def test_pools_of_forked_processes_work_after_the_parent_used_threads():
     run_python(code)
 
 
-# ---- at the same time ----------------------------------------------------------------------------------------------
+# ---- at the same time --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(700, 301), (4, 6, 9001)], ids=["rc", "ncs"])
@@ -534,7 +566,7 @@ def test_an_absurd_number_of_threads_neither_crashes_nor_overflows():
     run_python(code)
 
 
-# ---- a build without OpenMP ----------------------------------------------------------------------------------------
+# ---- a build without OpenMP --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -550,7 +582,8 @@ def test_a_build_without_openmp_is_the_same_on_one_thread(tmp_path):
             shutil.copy(ROOT / name, tmp_path)
     build = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=tmp_path, env=os.environ | {"FASTBN_OPENMP": "0"}, capture_output=True, text=True, timeout=600, check=False,
+        cwd=tmp_path, env=os.environ | {"FASTBN_OPENMP": "0"},
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert build.returncode == 0, build.stderr
     assert "without OpenMP" in build.stdout
@@ -565,7 +598,8 @@ def test_a_build_without_openmp_is_the_same_on_one_thread(tmp_path):
         dx, dgamma, dbeta, _ = fastbn.batch_norm_backward(x, saved, num_threads=4)
         digest = hashlib.sha256(b"".join(a.tobytes() for a in (y, dx, dgamma, dbeta))).hexdigest()
         fastbn.set_num_threads(4)
-        print(fastbn.__file__, digest, fastbn.get_num_threads(), threads.budget(1 << 40), fastbn._core.openmp.version())
+        numbers = fastbn.get_num_threads(), threads.budget(1 << 40), fastbn._core.openmp.version()
+        print(fastbn.__file__, digest, *numbers)
     """
     with_openmp = run_python(code).stdout.split()
     without = run_python(code, PYTHONPATH=str(tmp_path)).stdout.split()

@@ -154,6 +154,8 @@ def number(
         x = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got an integer beyond float64") from None
     if not (low < x if open_low else low <= x) or not x <= high or math.isinf(x):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return x

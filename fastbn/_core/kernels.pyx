@@ -60,7 +60,8 @@ cdef extern from "spans.h" nogil:
 # Part of the numerical contract, for they fix the order of the sums
 cdef enum:
     BLOCK_NCS = 16384   # elements of a block
-    BLOCK_RC = 131072
+    BLOCK_RC = 131072   # at most, and
+    BLOCK_LEAST = 16384  # at least; between them an eighth of the array, so that there is work for several threads
     SIDE_BY_SIDE = 256  # short rows are summed side by side until they are this wide
     SHORT_RUN = 256     # runs up to this length are summed as columns of layout rc
     COLUMNS = 1024      # of layout rc that one task takes, so that their sums and parameters stay in L1
@@ -181,7 +182,7 @@ cdef void cut_runs(Job* job) noexcept nogil:
 cdef void cut_columns(Job* job) noexcept nogil:
     # A tile is a whole number of cache lines, where that does not make it much too wide.
     cdef Py_ssize_t s = job.x.s, c = job.x.c
-    cdef Py_ssize_t even = LANES
+    cdef Py_ssize_t even = LANES, block
     while s % 2 == 0 and even > 1:
         s //= 2
         even //= 2
@@ -193,7 +194,8 @@ cdef void cut_columns(Job* job) noexcept nogil:
     if even * s > 2 * COLUMNS:
         even = 1
     job.tile = ceil_div(ceil_div(c, ceil_div(c * s, COLUMNS)), even) * even
-    job.block_rows = max(ROW_GROUP, BLOCK_RC // (job.side * min(c, job.tile) * s)) * job.side
+    block = min(max(job.x.n * c * s // 8, <Py_ssize_t> BLOCK_LEAST), <Py_ssize_t> BLOCK_RC)
+    job.block_rows = max(ROW_GROUP, block // (job.side * min(c, job.tile) * s)) * job.side
 
 
 cdef object lay_out(Job* job, object x, int threads):
@@ -335,33 +337,47 @@ cdef void write_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread)
 
 # ---- from blocks to channels -------------------------------------------------------------------------------------
 
+cdef Py_ssize_t values_before(const Job* job, Py_ssize_t b) noexcept nogil:
+    # values of a channel in the blocks before b
+    if b >= job.blocks:
+        return job.x.n * job.x.s
+    return b // job.pieces * job.block_rows * job.x.s + b % job.pieces * job.piece
+
+
 cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
-    # mean, var and rstd of some channels from the moments of their blocks, in the order of the blocks
-    cdef Py_ssize_t b
-    cdef Block block
-    cdef double count = 0
-    for b in range(job.blocks):
-        block = block_of(job, b)
-        merge_moments(channels, count, job.mean + ch, job.var + ch, <double> block.rows * block.len,
-                      job.first + b * job.x.c + ch, job.second + b * job.x.c + ch)
-        count += <double> block.rows * block.len
+    # mean, var and rstd of some channels from the moments of their blocks: neighbours first, then pairs of pairs
+    cdef Py_ssize_t step = 1, b, c = job.x.c, middle
+    while step < job.blocks:
+        b = 0
+        while b + step < job.blocks:
+            middle = values_before(job, b + step)
+            merge_moments(channels, middle - values_before(job, b), job.first + b * c + ch, job.second + b * c + ch,
+                          values_before(job, b + 2 * step) - middle, job.first + (b + step) * c + ch,
+                          job.second + (b + step) * c + ch)
+            b += 2 * step
+        step *= 2
+    for b in range(ch, ch + channels):
+        job.mean[b] = job.first[b]
+        job.var[b] = job.second[b]
     if job.rstd != NULL:
-        finish_moments(channels, count, job.eps, job.var + ch, job.var + ch, job.rstd + ch)
+        finish_moments(channels, <double> job.x.n * job.x.s, job.eps, job.var + ch, job.var + ch, job.rstd + ch)
 
 
 cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
-    # dbeta, dgamma and their means for some channels, in the order of the blocks
-    cdef Py_ssize_t b, i
+    # dbeta, dgamma and their means for some channels, blocks added as in merge_blocks
+    cdef Py_ssize_t step = 1, b, i, c = job.x.c
     cdef double count = <double> job.x.n * job.x.s
+    while step < job.blocks:
+        b = 0
+        while b + step < job.blocks:
+            for i in range(ch, ch + channels):
+                job.first[b * c + i] += job.first[(b + step) * c + i]
+                job.second[b * c + i] += job.second[(b + step) * c + i]
+            b += 2 * step
+        step *= 2
     for i in range(ch, ch + channels):
-        job.dbeta[i] = 0
-        job.dgamma[i] = 0
-    for b in range(job.blocks):
-        for i in range(ch, ch + channels):
-            job.dbeta[i] += job.first[b * job.x.c + i]
-            job.dgamma[i] += job.second[b * job.x.c + i]
-    for i in range(ch, ch + channels):
-        job.dgamma[i] *= job.rstd[i]
+        job.dbeta[i] = job.first[i]
+        job.dgamma[i] = job.second[i] * job.rstd[i]
         job.dbeta_mean[i] = job.dbeta[i] / count
         job.dgamma_mean[i] = job.dgamma[i] / count
 

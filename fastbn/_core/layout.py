@@ -38,8 +38,9 @@ def _plan_strided(axis: int, arrays: tuple[np.ndarray | None, ...]) -> tuple[np.
     assert first is not None
     shape, c = first.shape, first.shape[axis]
     axes = [i for i in range(first.ndim) if i != axis and shape[i] > 1]
-    backward = tuple(slice(None, None, -1 if i != axis and first.strides[i] < 0 else None) for i in range(first.ndim))
-    present = [array[backward] for array in arrays if array is not None]
+    present = [array for array in arrays if array is not None]
+    backward = tuple(slice(None, None, -1 if i != axis and _runs_back(present, i) else None) for i in range(first.ndim))
+    present = [array[backward] for array in present]
     # the outermost first; a repeated axis (stride 0) is outer to all, for only there can a view have it
     axes.sort(key=lambda i: tuple(a.strides[i] or math.inf for a in present), reverse=True)
 
@@ -68,6 +69,11 @@ def _plan_strided(axis: int, arrays: tuple[np.ndarray | None, ...]) -> tuple[np.
         return None
     remaining = iter(views)
     return tuple(None if array is None else next(remaining) for array in arrays)
+
+
+def _runs_back(arrays: list[np.ndarray], i: int) -> bool:
+    """Say whether axis i runs backwards in memory; where it is repeated (stride 0) in one array, the next one tells."""
+    return next((array.strides[i] < 0 for array in arrays if array.strides[i]), False)
 
 
 def arrange(

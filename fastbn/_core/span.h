@@ -101,23 +101,39 @@ static void FN(expand)(void *parameters, ptrdiff_t pitch, int count, ptrdiff_t c
 
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 
-/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows.
+/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows. Four vectors are added as a
+ * tree, and every FLUSH sums are added to those of the block: the error grows with the levels, not with the length.
  * `ahead`: bytes to what is wanted next, fetched into L2 meanwhile; 0 for nothing. */
 INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double K,
                              double *sums) {
-    vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
+    vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}}, t1[PARTS] = {{0}}, t2[PARTS] = {{0}};
     const vdouble k = splat_wide(K);
     const ptrdiff_t r = len % LANES;
     T buffer[LANES];
+    int added = 0;
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *p = (const T *)(x + row * stride);
-        for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
-            if (ahead) __builtin_prefetch((const char *)(p + i) + ahead, 0, 2);
+        ptrdiff_t i = 0;
+        for (; i + 4 * LANES <= len; i += 4 * LANES) {
+            if (ahead)
+                for (ptrdiff_t line = 0; line < 4 * LANES; line += LINE / (ptrdiff_t)sizeof(T))
+                    __builtin_prefetch((const char *)(p + i + line) + ahead, 0, 2);
+#pragma GCC unroll 8
+            for (int q = 0; q < PARTS; q++) {
+                vdouble d[4];
+#pragma GCC unroll 4
+                for (int g = 0; g < 4; g++) d[g] = WIDEN(FN(load_part)(p + i + g * LANES + q * WIDE)) - k;
+                t1[q] += (d[0] + d[1]) + (d[2] + d[3]);
+                t2[q] += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]);
+            }
+            if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
+        }
+        for (; i + LANES <= len; i += LANES) {
 #pragma GCC unroll 8
             for (int q = 0; q < PARTS; q++) {
                 const vdouble d = WIDEN(FN(load_part)(p + i + q * WIDE)) - k;
-                s1[q] += d;
-                s2[q] += d * d;
+                t1[q] += d;
+                t2[q] += d * d;
             }
         }
         if (r) {
@@ -125,21 +141,32 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
 #pragma GCC unroll 8
             for (int q = 0; q < PARTS; q++) {
                 const vdouble d = keep_last(WIDEN(FN(load_part)(t + q * WIDE)) - k, KEEP + r + q * WIDE);
-                s1[q] += d;
-                s2[q] += d * d;
+                t1[q] += d;
+                t2[q] += d * d;
             }
         }
+        if ((added += 4) >= FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2); /* a row may end with four more */
     }
+    flush_sums(s1, t1);
+    flush_sums(s2, t2);
     sums[0] = sum_lanes(s1);
     sums[1] = sum_lanes(s2);
 }
 
-/* Mean and M2 = Σ(x - mean)² of one block of one channel: one pass shifted by the block's first value K.
- * The error grows with (K - mean)²/var; where that is large (an outlier as K), a second pass shifts by the mean. */
+/* Where to shift to: the mean of the first few values, exactly the value of a constant channel */
+INLINE double FN(guess)(const char *x, ptrdiff_t stride, ptrdiff_t n) {
+    double sum = 0;
+    const ptrdiff_t few = n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
+    for (ptrdiff_t i = 0; i < few; i++) sum += FN(first)((const T *)(x + i * stride)) / (double)few;
+    return sum;
+}
+
+/* Mean and M2 = Σ(x - mean)² of one block of one channel: one pass shifted by K, a mean of the block's first values.
+ * The error grows with (K - mean)²/var; where that is large (an outlier in K), a second pass shifts by the mean. */
 static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
                             double *m2) {
     const double count = (double)rows * (double)len;
-    double K = FN(first)((const T *)x), sums[2];
+    double K = FN(guess)(x, sizeof(T), len), sums[2];
     for (int pass = 0; pass < 2; pass++) {
         FN(shifted_sums)(x, rows, stride, len, ahead, K, sums);
         const double lost = sums[0] * (sums[0] / count);
@@ -150,12 +177,12 @@ static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptr
     }
 }
 
-/* s1 += x - K, s2 += (x - K)² down `rows` rows for each of `width` columns; group = rows that share one load of s. */
+/* s1 += x - K, s2 += (x - K)² down a group of rows, added as a tree, for each of `width` columns; fetches the next. */
 INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const double *K, double *s1, double *s2,
                          const int group) {
     for (ptrdiff_t j = 0; j < width; j += WIDE) {
         const vdouble k = load_wide(K + j);
-        vdouble a = load_wide(s1 + j), b = load_wide(s2 + j);
+        vdouble d[ROW_GROUP], e[ROW_GROUP];
         const int whole = j + WIDE <= width;
 #pragma GCC unroll 8
         for (int g = 0; g < group; g++) {
@@ -166,12 +193,13 @@ INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const
                 memcpy(buffer, p, (width - j) * sizeof(T));
                 p = buffer;
             }
-            const vdouble d = WIDEN(FN(load_part)(p)) - k;
-            a += d;
-            b += d * d;
+            d[g] = WIDEN(FN(load_part)(p)) - k;
+            e[g] = d[g] * d[g];
         }
-        store_columns(s1 + j, a, width - j);
-        store_columns(s2 + j, b, width - j);
+        add_tree(d, group);
+        add_tree(e, group);
+        store_columns(s1 + j, load_wide(s1 + j) + d[0], width - j);
+        store_columns(s2 + j, load_wide(s2 + j) + e[0], width - j);
     }
 }
 
@@ -184,17 +212,19 @@ static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptr
 
 /* columns[ch] = the sum of channel ch: first of the k rows that lie side by side, then of its s columns */
 static void FN(sum_columns)(double *columns, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k) {
-    for (ptrdiff_t q = 1; q < k; q++)
-        for (ptrdiff_t j = 0; j < c * s; j++) columns[j] += columns[q * c * s + j];
+    for (; k > 1; k -= k / 2) /* the last half onto the first */
+        for (ptrdiff_t j = 0; j < k / 2 * c * s; j++) columns[j] += columns[(k - k / 2) * c * s + j];
     if (s == 1) return;
-    for (ptrdiff_t ch = 0; ch < c; ch++) { /* four chains, for an addition takes four cycles */
+    for (ptrdiff_t ch = 0; ch < c; ch++) {
         const double *p = columns + ch * s;
-        double sums[4] = {0};
+        vdouble sums[PARTS] = {{0}};
+        double rest = 0;
         ptrdiff_t j = 0;
-        for (; j + 4 <= s; j += 4)
-            for (int i = 0; i < 4; i++) sums[i] += p[j + i];
-        for (; j < s; j++) sums[0] += p[j];
-        columns[ch] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        for (; j + LANES <= s; j += LANES)
+#pragma GCC unroll 8
+            for (int q = 0; q < PARTS; q++) sums[q] += load_wide(p + j + q * WIDE);
+        for (; j < s; j++) rest += p[j];
+        columns[ch] = sum_lanes(sums) + rest;
     }
 }
 
@@ -209,10 +239,16 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
     const ptrdiff_t width = together ? k * w : dense ? w : s;
     int again = 0;
     ptrdiff_t begun = 0;
-    if (s == 1 && dense)
-        for (; begun + WIDE <= c; begun += WIDE) store_wide(K + begun, WIDEN(FN(load_part)((const T *)x + begun)));
+    if (s == 1 && dense && rows >= ROW_GROUP) /* as below, a register at a time */
+        for (; begun + WIDE <= c; begun += WIDE) {
+            vdouble sum = {0};
+            for (int g = 0; g < ROW_GROUP; g++)
+                sum += WIDEN(FN(load_part)((const T *)(x + g * stride) + begun)) / (double)ROW_GROUP;
+            store_wide(K + begun, sum);
+        }
     for (ptrdiff_t ch = begun; ch < c; ch++) {
-        const double value = FN(first)((const T *)(x + ch * c_stride));
+        const char *p = x + ch * c_stride;
+        const double value = s == 1 ? FN(guess)(p, stride, rows) : FN(guess)(p, sizeof(T), s);
         for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = value;
     }
     for (int pass = 0; pass < 2; pass++) {
@@ -314,41 +350,36 @@ INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptr
 INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
                                 ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p, double *sum,
                                 double *product, const int relu) {
-    vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}};
+    vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}}, t1[PARTS] = {{0}}, t2[PARTS] = {{0}};
     const vdouble m = splat_wide(mean);
     const ptrdiff_t r = len % LANES;
     T buffer_x[LANES], buffer_dy[LANES];
+    int added = 0;
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *px = (const T *)(x + row * x_stride), *pd = (const T *)(dy + row * dy_stride);
-        for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
-            if (x_ahead) {
-                __builtin_prefetch((const char *)(px + i) + x_ahead, 0, 2);
-                __builtin_prefetch((const char *)(pd + i) + dy_ahead, 0, 2);
+        for (ptrdiff_t i = 0; i < len; i += LANES) {
+            const T *tx = px + i, *td = pd + i;
+            const int whole = i + LANES <= len;
+            if (!whole) tx = FN(tail)(px, len, r, buffer_x), td = FN(tail)(pd, len, r, buffer_dy);
+            else if (x_ahead) {
+                __builtin_prefetch((const char *)tx + x_ahead, 0, 2);
+                __builtin_prefetch((const char *)td + dy_ahead, 0, 2);
             }
 #pragma GCC unroll 8
             for (int q = 0; q < PARTS; q++) {
-                const VPART xp = FN(load_part)(px + i + q * WIDE);
-                VPART g = FN(load_part)(pd + i + q * WIDE);
-                if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
-                const vdouble d = WIDEN(g);
-                s1[q] += d;
-                s2[q] += d * (WIDEN(xp) - m);
-            }
-        }
-        if (r) {
-            const T *tx = FN(tail)(px, len, r, buffer_x), *td = FN(tail)(pd, len, r, buffer_dy);
-#pragma GCC unroll 8
-            for (int q = 0; q < PARTS; q++) {
-                const int64_t *mask = KEEP + r + q * WIDE;
                 const VPART xp = FN(load_part)(tx + q * WIDE);
                 VPART g = FN(load_part)(td + q * WIDE);
                 if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
-                const vdouble d = WIDEN(g);
-                s1[q] += keep_last(d, mask);
-                s2[q] += keep_last(d * (WIDEN(xp) - m), mask);
+                vdouble d = WIDEN(g), e = d * (WIDEN(xp) - m);
+                if (!whole) d = keep_last(d, KEEP + r + q * WIDE), e = keep_last(e, KEEP + r + q * WIDE);
+                t1[q] += d;
+                t2[q] += e;
             }
+            if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
         }
     }
+    flush_sums(s1, t1);
+    flush_sums(s2, t2);
     *sum = sum_lanes(s1);
     *product = sum_lanes(s2);
 }
@@ -364,13 +395,13 @@ static void FN(reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdif
 #undef BODY
 }
 
-/* s1 += dy, s2 += dy·(x - mean) down a group of rows for each of `width` columns */
+/* s1 += dy, s2 += dy·(x - mean) down a group of rows for each of `width` columns, as in add_rows */
 INLINE void FN(reduce_rows)(const char *dy, const char *x, ptrdiff_t dy_stride, ptrdiff_t x_stride, ptrdiff_t width,
                             const double *mean, const R *p, ptrdiff_t pitch, double *s1, double *s2, const int group,
                             const int relu) {
     for (ptrdiff_t j = 0; j < width; j += WIDE) {
         const vdouble m = load_wide(mean + j);
-        vdouble a = load_wide(s1 + j), b = load_wide(s2 + j);
+        vdouble d[ROW_GROUP], e[ROW_GROUP];
         const int whole = j + WIDE <= width;
 #pragma GCC unroll 8
         for (int g = 0; g < group; g++) {
@@ -387,12 +418,13 @@ INLINE void FN(reduce_rows)(const char *dy, const char *x, ptrdiff_t dy_stride, 
             const VPART xp = FN(load_part)(px);
             VPART gradient = FN(load_part)(pd);
             if (relu) gradient = FN(masked_part)(gradient, xp, p, pitch, j, 1);
-            const vdouble d = WIDEN(gradient);
-            a += d;
-            b += d * (WIDEN(xp) - m);
+            d[g] = WIDEN(gradient);
+            e[g] = d[g] * (WIDEN(xp) - m);
         }
-        store_columns(s1 + j, a, width - j);
-        store_columns(s2 + j, b, width - j);
+        add_tree(d, group);
+        add_tree(e, group);
+        store_columns(s1 + j, load_wide(s1 + j) + d[0], width - j);
+        store_columns(s2 + j, load_wide(s2 + j) + e[0], width - j);
     }
 }
 

@@ -35,16 +35,10 @@ typedef struct {
                      int varying, int relu, int frozen, int stream);
 } span_table;
 
-/* Merge part b, of n_b values, into part a, of n_a, for each of c channels: Chan, Golub & LeVeque 1979.
- * An empty part a is the identity. */
+/* Merge part b, of n_b values, into part a, of n_a, for each of c channels: Chan, Golub & LeVeque 1979. */
 static void merge_moments(ptrdiff_t c, double n_a, double *mean_a, double *m2_a, double n_b, const double *mean_b,
                           const double *m2_b) {
     const double share = n_b / (n_a + n_b);
-    if (n_a == 0) {
-        memcpy(mean_a, mean_b, c * sizeof(double));
-        memcpy(m2_a, m2_b, c * sizeof(double));
-        return;
-    }
     for (ptrdiff_t i = 0; i < c; i++) {
         const double delta = mean_b[i] - mean_a[i];
         mean_a[i] += delta * share;
@@ -103,12 +97,12 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #undef WIDEN
 #undef SHIFT_LIMIT
 
-/* Arithmetic in float64. The limit costs at most 5 of 53 bits. */
+/* Arithmetic in float64. The limit costs at most 3 of 53 bits. */
 #define R double
 #define RINT int64_t
 #define RBITS uint64_t
 #define WIDEN SAME
-#define SHIFT_LIMIT 16
+#define SHIFT_LIMIT 4
 
 #define T double
 #define SUFFIX float64

@@ -27,6 +27,7 @@ enum {
     LANES = 16,                     /* partial sums of a reduction along a contiguous span */
     WIDE = VECTOR_BYTES / 8,        /* float64 values in a register */
     PARTS = LANES / WIDE,           /* float64 registers that hold LANES values */
+    FLUSH = 16,                     /* additions to a partial sum before it is added to the sum of the block */
     LINE = 64                       /* bytes of a cache line */
 };
 
@@ -73,6 +74,24 @@ INLINE double sum_lanes(const vdouble *parts) {
     for (int width = LANES / 2; width > 0; width /= 2)
         for (int i = 0; i < width; i++) lane[i] += lane[i + width];
     return lane[0];
+}
+
+/* sums += part, part = 0; returns 0, the number of values now in part */
+INLINE int flush_sums(vdouble *sums, vdouble *part) {
+#pragma GCC unroll 8
+    for (int q = 0; q < PARTS; q++) {
+        sums[q] += part[q];
+        part[q] = (vdouble){0};
+    }
+    return 0;
+}
+
+/* v[0] = the sum of `count` vectors, a power of two, as a tree */
+INLINE void add_tree(vdouble *v, const int count) {
+#pragma GCC unroll 4
+    for (int width = count / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
 }
 
 /* Store past the cache; p is aligned to `bytes`, the size of the vector. */
