@@ -195,7 +195,11 @@ class Optimizer:
         near = self._table.near(*np.lib.array_utils.byte_bounds(g))  # one search, before comparing with each
         if near and any(check.shares_memory(g, other) for other in self._params):
             raise ValueError(f"grads{where}: expected memory apart from the parameters, got an overlap")
-        return np.require(g, p.dtype, ["C_CONTIGUOUS", "ALIGNED"])
+        if g.dtype.num == p.dtype.num and g.dtype.isnative and g.flags.c_contiguous and g.flags.aligned:
+            return g  # it came as a subclass, or from another library
+        copied = np.empty(p.shape, p.dtype)
+        copied[...] = g
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"step": int, slot: [one array per parameter, of its shape]}``, in copies.

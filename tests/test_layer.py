@@ -83,11 +83,16 @@ def test_a_layer_without_parameters_or_statistics():
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(np.float64, "float64"), ("float32", "float32"), ("f8", "float64"), (np.dtype(np.float16), "float32")],
+    [
+        *((given, np.float64) for given in (np.float64, "f8", ">f8", float)),
+        *((given, np.float32) for given in ("float32", ">f4", np.dtype(np.float16), "<f2", ">f2")),
+    ],
 )
 def test_dtype_is_that_of_parameters_and_statistics(given, expected):
     bn = BatchNorm(2, dtype=given)
-    assert {a.dtype.name for a in (bn.gamma, bn.beta, bn.running_mean, bn.running_var)} == {expected}
+    arrays = bn.gamma, bn.beta, bn.running_mean, bn.running_var
+    assert [a.dtype for a in arrays] == [np.dtype(expected)] * 4
+    assert all(a.dtype.isnative for a in arrays)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)

@@ -404,6 +404,18 @@ class TestClipping:
             elif norm > limit * (1 + 1e-12):
                 np.testing.assert_allclose(-flat, original * (limit / norm), rtol=tolerance, atol=0)
 
+    @pytest.mark.parametrize("name", CLIPS[1:])
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    def test_norms_of_half_types(self, name, dtype):
+        grads = uniform(np.random.default_rng(16), [(n,) for n in EDGES[1:]], dtype)
+        params = [np.zeros_like(g) for g in grads]
+        opt = make("SGD", params, {"lr": 1.0, name: 0.5})
+        opt.step(grads)
+        wide = [g.astype(np.float64) for g in grads]
+        for p, g in zip(opt.state_dict()["master"], wide, strict=True):
+            norm = np.linalg.norm(g if name == "clip_norm" else np.concatenate(wide))
+            np.testing.assert_allclose(-p, g * (0.5 / norm), rtol=2 * UNIT[FLOAT32])
+
     @pytest.mark.parametrize("name", CLIPS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_zero_stays_zero(self, name, dtype):
@@ -546,6 +558,10 @@ class TestRefusals:
             lambda p: [np.ones(6, np.float32), None, None],
             "grads[0]: expected shape (2, 3), got (6,)",
         ),
+        "trailing axis": (
+            lambda p: [None, np.ones((4, 1)), None],
+            "grads[1]: expected shape (4,), got (4, 1)",
+        ),
         "dtype": (lambda p: [np.ones((2, 3)), None, None], "grads[0]: expected dtype float32, got float64"),
         "half dtype": (
             lambda p: [None, None, np.ones(5, BFLOAT16)],
@@ -598,8 +614,9 @@ class TestRefusals:
             with pytest.raises(ValueError, match=rf"grads\[{k}\]: expected memory apart"):
                 opt.step([*apart[:k], memory[64 * 9 + 31 :][:32], *apart[k + 1 :]])
         assert opt.state_dict()["step"] == 1
-        empty = optim.SGD([memory[:0], memory[5:6]], lr=0.1)
-        empty.step([memory[5:5], np.ones(1)])  # nothing is shared where there is nothing
+        empty = optim.SGD([memory[:0], memory[4:8]], lr=0.1)
+        nothing = np.ndarray((0,), np.float64, memory, offset=6 * 8)  # an empty slice would point to the start
+        empty.step([nothing, np.ones(4)])
 
     def test_parameters_that_change(self):
         p = np.zeros(4)

@@ -36,7 +36,8 @@ cdef extern from "spans.h" nogil:
         void (*moments_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c_stride, Py_ssize_t c,
                            Py_ssize_t s, Py_ssize_t k, double* work, Py_ssize_t wide, double* mean,
                            double* m2) noexcept nogil
-        void (*normalize)(const char* x, const char* residual, char* y, Py_ssize_t n, const void* parameters,
+        void (*normalize)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride,
+                          char* y, Py_ssize_t y_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
                           Py_ssize_t pitch, int varying, int relu, int stream) noexcept nogil
         void (*reduce_ncs)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
                            Py_ssize_t x_stride, Py_ssize_t len, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
@@ -47,7 +48,8 @@ cdef extern from "spans.h" nogil:
                           Py_ssize_t s, Py_ssize_t k, const double* mean, const void* parameters,
                           Py_ssize_t pitch, double* work, Py_ssize_t wide, double* sum, double* product,
                           int relu) noexcept nogil
-        void (*backward)(const char* dy, const char* x, char* dx, Py_ssize_t n, const void* parameters,
+        void (*backward)(const char* dy, Py_ssize_t dy_stride, const char* x, Py_ssize_t x_stride, char* dx,
+                         Py_ssize_t dx_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
                          Py_ssize_t pitch, int varying, int relu, int frozen, int stream) noexcept nogil
 
     const span_table* spans_of(Py_ssize_t itemsize, int is_numpy_half)
@@ -296,43 +298,40 @@ cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread
                              job.dy.c_stride if ahead else 0, ahead, job.mean[ch], parameters, sum, product, job.relu)
 
 
-cdef void write_run(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t len,
-                    const char* parameters) noexcept nogil:
-    # len elements of the output from (i, ch, j) on: y, or dx where there is a dy
+cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
+                     Py_ssize_t len, const char* parameters) noexcept nogil:
+    # The output, y, or dx where there is a dy, in `len` elements from (i, ch, j) on, of `rows` rows `step` apart
     if job.dy.data == NULL:
-        job.spans.normalize(element(job, &job.x, i, ch, j), element(job, &job.residual, i, ch, j),
-                            element(job, &job.out, i, ch, j), len, parameters, job.pitch, job.by_columns, job.relu,
-                            job.stream)
+        job.spans.normalize(element(job, &job.x, i, ch, j), step * job.x.n_stride,
+                            element(job, &job.residual, i, ch, j), step * job.residual.n_stride,
+                            element(job, &job.out, i, ch, j), step * job.out.n_stride, rows, len, parameters,
+                            job.pitch, job.by_columns, job.relu, job.stream)
     else:
-        job.spans.backward(element(job, &job.dy, i, ch, j), element(job, &job.x, i, ch, j),
-                           element(job, &job.out, i, ch, j), len, parameters, job.pitch, job.by_columns, job.relu,
-                           job.frozen, job.stream)
+        job.spans.backward(element(job, &job.dy, i, ch, j), step * job.dy.n_stride,
+                           element(job, &job.x, i, ch, j), step * job.x.n_stride,
+                           element(job, &job.out, i, ch, j), step * job.out.n_stride, rows, len, parameters,
+                           job.pitch, job.by_columns, job.relu, job.frozen, job.stream)
 
 
 cdef void write_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
-    # The output of a block, with the parameters of this thread: as long runs as the arrays allow
+    # The output of a block, with the parameters of this thread: in rows as long as the arrays allow
     cdef Block block = block_of(job, b)
     cdef Py_ssize_t ch = tile * job.tile, channels = channels_of(job, tile), s = job.x.s
     cdef Py_ssize_t i = block.row, end = block.row + block.rows, q
     cdef char* parameters = parameters_of(job, tile, thread)
     if not job.by_columns:
-        for i in range(block.row, end):
-            write_run(job, i, ch, block.start, block.len, parameters)
+        write_rows(job, i, ch, block.start, block.rows, 1, block.len, parameters)
         return
     if (job.side > 1 and is_contiguous(job, &job.x) and is_contiguous(job, &job.out)
             and is_contiguous(job, &job.residual) and is_contiguous(job, &job.dy)):
-        while i + job.side <= end:
-            write_run(job, i, 0, 0, job.side * channels * s, parameters)
-            i += job.side
+        write_rows(job, i, 0, 0, block.rows // job.side, job.side, job.side * channels * s, parameters)
+        i += block.rows // job.side * job.side
     if (is_dense(job, &job.x) and is_dense(job, &job.out) and is_dense(job, &job.residual)
             and is_dense(job, &job.dy)):
-        while i < end:
-            write_run(job, i, ch, 0, channels * s, parameters)
-            i += 1
-    while i < end:
+        write_rows(job, i, ch, 0, end - i, 1, channels * s, parameters)
+    else:
         for q in range(channels):
-            write_run(job, i, ch + q, 0, s, parameters + q * s * job.spans.real_size)
-        i += 1
+            write_rows(job, i, ch + q, 0, end - i, 1, s, parameters + q * s * job.spans.real_size)
 
 
 # ---- from blocks to channels -------------------------------------------------------------------------------------
@@ -437,8 +436,8 @@ cdef void write_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
         prepare(job, left % job.tiles, job.dy.data != NULL, thread)
         write_block(job, left // job.tiles, left % job.tiles, thread)
     else:
-        write_run(job, run // job.x.c, run % job.x.c, start, min(job.piece, job.x.s - start),
-                  parameters_of(job, run % job.x.c, thread))
+        write_rows(job, run // job.x.c, run % job.x.c, start, 1, 1, min(job.piece, job.x.s - start),
+                   parameters_of(job, run % job.x.c, thread))
 
 
 cdef void write_all(const Job* job) noexcept nogil:

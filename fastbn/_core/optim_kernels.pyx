@@ -5,7 +5,7 @@ A :class:`Table` describes the list once, when the optimizer is made: where ever
 and how the elements are cut into chunks. A step looks the gradients up in one loop and runs over the chunks.
 
 Chunks never reach across arrays and depend on the shapes alone; sums over them are added in their order, so
-the number of threads never changes a bit. Inside a parallel region nothing allocates, raises or takes the GIL.
+the number of threads never changes a bit. In a parallel region nothing allocates, raises or takes the GIL.
 """
 
 cimport numpy as cnp

@@ -42,11 +42,12 @@ INLINE void FN(store)(T *p, VREAL v, const int stream) {
     if (stream) stream_bytes(p, &m, sizeof m);
     else memcpy(p, &m, sizeof m);
 }
-INLINE double FN(first)(const T *p) { /* one value, by the same conversion as all the others */
+INLINE VPART FN(load_few)(const T *p, ptrdiff_t n) { /* n values, n <= WIDE, and zeros */
     T b[WIDE] = {0};
-    b[0] = p[0];
-    return WIDEN(FN(load_part)(b))[0];
+    memcpy(b, p, n * sizeof(T));
+    return FN(load_part)(b);
 }
+INLINE double FN(first)(const T *p) { return WIDEN(FN(load_few)(p, 1))[0]; }
 INLINE VREAL FN(parameter)(const R *p, ptrdiff_t i, const int varying) {
     VREAL v;
     if (!varying) return p[0] - (VREAL){0};
@@ -177,30 +178,30 @@ static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptr
     }
 }
 
-/* s1 += x - K, s2 += (x - K)² down a group of rows, added as a tree, for each of `width` columns; fetches the next. */
+/* s1 += x - K, s2 += (x - K)² down a group of rows, added as a tree, for the columns from j on: a register of them, or
+ * the `left` last ones. Fetches what is `group` rows further. */
+INLINE void FN(add_columns)(const char *x, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t left, const double *K, double *s1,
+                            double *s2, const int group, const int whole) {
+    const vdouble k = load_wide(K + j);
+    vdouble d[ROW_GROUP], e[ROW_GROUP];
+#pragma GCC unroll 8
+    for (int g = 0; g < group; g++) {
+        const T *p = (const T *)(x + g * stride) + j;
+        if (group > 1) __builtin_prefetch((const char *)p + group * stride, 0, 2);
+        d[g] = WIDEN(whole ? FN(load_part)(p) : FN(load_few)(p, left)) - k;
+        e[g] = d[g] * d[g];
+    }
+    add_tree(d, group);
+    add_tree(e, group);
+    store_columns(s1 + j, load_wide(s1 + j) + d[0], whole ? WIDE : left);
+    store_columns(s2 + j, load_wide(s2 + j) + e[0], whole ? WIDE : left);
+}
+
 INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const double *K, double *s1, double *s2,
                          const int group) {
-    for (ptrdiff_t j = 0; j < width; j += WIDE) {
-        const vdouble k = load_wide(K + j);
-        vdouble d[ROW_GROUP], e[ROW_GROUP];
-        const int whole = j + WIDE <= width;
-#pragma GCC unroll 8
-        for (int g = 0; g < group; g++) {
-            const T *p = (const T *)(x + g * stride) + j;
-            if (group > 1) __builtin_prefetch((const char *)p + group * stride, 0, 2);
-            T buffer[WIDE] = {0};
-            if (!whole) {
-                memcpy(buffer, p, (width - j) * sizeof(T));
-                p = buffer;
-            }
-            d[g] = WIDEN(FN(load_part)(p)) - k;
-            e[g] = d[g] * d[g];
-        }
-        add_tree(d, group);
-        add_tree(e, group);
-        store_columns(s1 + j, load_wide(s1 + j) + d[0], width - j);
-        store_columns(s2 + j, load_wide(s2 + j) + e[0], width - j);
-    }
+    ptrdiff_t j = 0;
+    for (; j + WIDE <= width; j += WIDE) FN(add_columns)(x, stride, j, WIDE, K, s1, s2, group, 1);
+    if (j < width) FN(add_columns)(x, stride, j, width - j, K, s1, s2, group, 0);
 }
 
 static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, const double *K,
@@ -322,17 +323,21 @@ INLINE void FN(normalize_body)(const T *x, const T *residual, T *y, ptrdiff_t n,
     if (end < n) FN(store)(y + n - W, last, 0);
 }
 
-static void FN(normalize)(const char *x, const char *residual, char *y, ptrdiff_t n, const void *p, ptrdiff_t pitch,
-                          int varying, int relu, int stream) {
-    const T *xt = (const T *)x, *rt = (const T *)residual;
-    T *yt = (T *)y;
+/* Rows of n elements; strides in bytes */
+static void FN(normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
+                          ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch, int varying,
+                          int relu, int stream) {
+#define ROWS(RESIDUAL, V, A, S) \
+    for (ptrdiff_t i = 0; i < rows; i++) \
+        FN(normalize_body)((const T *)(x + i * x_stride), RESIDUAL, (T *)(y + i * y_stride), n, (const R *)p, pitch, V, A, S)
 #define CASE(V, A, S) \
     if (varying == V && relu == A && stream == S) { \
-        if (rt) FN(normalize_body)(xt, rt, yt, n, (const R *)p, pitch, V, A, S); \
-        else FN(normalize_body)(xt, NULL, yt, n, (const R *)p, pitch, V, A, S); \
+        if (residual) ROWS((const T *)(residual + i * residual_stride), V, A, S); \
+        else ROWS(NULL, V, A, S); \
     }
     CASE(0, 0, 0) CASE(0, 0, 1) CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 0, 1) CASE(1, 1, 0) CASE(1, 1, 1)
 #undef CASE
+#undef ROWS
 }
 
 /* ---- backward -------------------------------------------------------------------------------------------- */
@@ -346,10 +351,24 @@ INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptr
     return (VPART)((FN(vpartmask))dy & ~(z <= (VPART){0}));
 }
 
-/* Σdy and Σdy·(x - mean) over rows of one channel; `ahead` as in shifted_sums */
+/* t1 += dy, t2 += dy·(x - mean) for LANES values; `mask` keeps the last of them */
+INLINE void FN(reduce_lanes)(const T *dy, const T *x, vdouble mean, const R *p, vdouble *t1, vdouble *t2,
+                             const int64_t *mask, const int relu) {
+#pragma GCC unroll 8
+    for (int q = 0; q < PARTS; q++) {
+        const VPART xp = FN(load_part)(x + q * WIDE);
+        VPART g = FN(load_part)(dy + q * WIDE);
+        if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
+        const vdouble d = WIDEN(g), e = d * (WIDEN(xp) - mean);
+        t1[q] += mask ? keep_last(d, mask + q * WIDE) : d;
+        t2[q] += mask ? keep_last(e, mask + q * WIDE) : e;
+    }
+}
+
+/* Σdy and Σdy·(x - mean) over rows of one channel; `ahead` and the levels of the sums as in shifted_sums */
 INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p, double *sum,
-                                double *product, const int relu) {
+                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p,
+                                double *sum, double *product, const int relu) {
     vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}}, t1[PARTS] = {{0}}, t2[PARTS] = {{0}};
     const vdouble m = splat_wide(mean);
     const ptrdiff_t r = len % LANES;
@@ -357,24 +376,16 @@ INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, p
     int added = 0;
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *px = (const T *)(x + row * x_stride), *pd = (const T *)(dy + row * dy_stride);
-        for (ptrdiff_t i = 0; i < len; i += LANES) {
-            const T *tx = px + i, *td = pd + i;
-            const int whole = i + LANES <= len;
-            if (!whole) tx = FN(tail)(px, len, r, buffer_x), td = FN(tail)(pd, len, r, buffer_dy);
-            else if (x_ahead) {
-                __builtin_prefetch((const char *)tx + x_ahead, 0, 2);
-                __builtin_prefetch((const char *)td + dy_ahead, 0, 2);
+        for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
+            if (x_ahead) {
+                __builtin_prefetch((const char *)(px + i) + x_ahead, 0, 2);
+                __builtin_prefetch((const char *)(pd + i) + dy_ahead, 0, 2);
             }
-#pragma GCC unroll 8
-            for (int q = 0; q < PARTS; q++) {
-                const VPART xp = FN(load_part)(tx + q * WIDE);
-                VPART g = FN(load_part)(td + q * WIDE);
-                if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
-                vdouble d = WIDEN(g), e = d * (WIDEN(xp) - m);
-                if (!whole) d = keep_last(d, KEEP + r + q * WIDE), e = keep_last(e, KEEP + r + q * WIDE);
-                t1[q] += d;
-                t2[q] += e;
-            }
+            FN(reduce_lanes)(pd + i, px + i, m, p, t1, t2, NULL, relu);
+            if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
+        }
+        if (r) {
+            FN(reduce_lanes)(FN(tail)(pd, len, r, buffer_dy), FN(tail)(px, len, r, buffer_x), m, p, t1, t2, KEEP + r, relu);
             if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
         }
     }
@@ -395,37 +406,40 @@ static void FN(reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdif
 #undef BODY
 }
 
-/* s1 += dy, s2 += dy·(x - mean) down a group of rows for each of `width` columns, as in add_rows */
+/* s1 += dy, s2 += dy·(x - mean) down a group of rows, as in add_columns */
+INLINE void FN(reduce_few)(const char *dy, const char *x, ptrdiff_t dy_stride, ptrdiff_t x_stride, ptrdiff_t j,
+                           ptrdiff_t left, const double *mean, const R *p, ptrdiff_t pitch, double *s1, double *s2,
+                           const int group, const int relu, const int whole) {
+    const vdouble m = load_wide(mean + j);
+    vdouble d[ROW_GROUP], e[ROW_GROUP];
+#pragma GCC unroll 8
+    for (int g = 0; g < group; g++) {
+        const T *px = (const T *)(x + g * x_stride) + j, *pd = (const T *)(dy + g * dy_stride) + j;
+        if (group > 1) {
+            __builtin_prefetch((const char *)px + group * x_stride, 0, 2);
+            __builtin_prefetch((const char *)pd + group * dy_stride, 0, 2);
+        }
+        const VPART xp = whole ? FN(load_part)(px) : FN(load_few)(px, left);
+        VPART gradient = whole ? FN(load_part)(pd) : FN(load_few)(pd, left);
+        if (relu) gradient = FN(masked_part)(gradient, xp, p, pitch, j, 1);
+        d[g] = WIDEN(gradient);
+        e[g] = d[g] * (WIDEN(xp) - m);
+    }
+    add_tree(d, group);
+    add_tree(e, group);
+    store_columns(s1 + j, load_wide(s1 + j) + d[0], whole ? WIDE : left);
+    store_columns(s2 + j, load_wide(s2 + j) + e[0], whole ? WIDE : left);
+}
+
 INLINE void FN(reduce_rows)(const char *dy, const char *x, ptrdiff_t dy_stride, ptrdiff_t x_stride, ptrdiff_t width,
                             const double *mean, const R *p, ptrdiff_t pitch, double *s1, double *s2, const int group,
                             const int relu) {
-    for (ptrdiff_t j = 0; j < width; j += WIDE) {
-        const vdouble m = load_wide(mean + j);
-        vdouble d[ROW_GROUP], e[ROW_GROUP];
-        const int whole = j + WIDE <= width;
-#pragma GCC unroll 8
-        for (int g = 0; g < group; g++) {
-            const T *px = (const T *)(x + g * x_stride) + j, *pd = (const T *)(dy + g * dy_stride) + j;
-            if (group > 1) {
-                __builtin_prefetch((const char *)px + group * x_stride, 0, 2);
-                __builtin_prefetch((const char *)pd + group * dy_stride, 0, 2);
-            }
-            T bx[WIDE] = {0}, bd[WIDE] = {0};
-            if (!whole) {
-                memcpy(bx, px, (width - j) * sizeof(T)), px = bx;
-                memcpy(bd, pd, (width - j) * sizeof(T)), pd = bd;
-            }
-            const VPART xp = FN(load_part)(px);
-            VPART gradient = FN(load_part)(pd);
-            if (relu) gradient = FN(masked_part)(gradient, xp, p, pitch, j, 1);
-            d[g] = WIDEN(gradient);
-            e[g] = d[g] * (WIDEN(xp) - m);
-        }
-        add_tree(d, group);
-        add_tree(e, group);
-        store_columns(s1 + j, load_wide(s1 + j) + d[0], width - j);
-        store_columns(s2 + j, load_wide(s2 + j) + e[0], width - j);
-    }
+    ptrdiff_t j = 0;
+#define COLUMNS_FROM(J, LEFT, WHOLE) \
+    FN(reduce_few)(dy, x, dy_stride, x_stride, J, LEFT, mean, p, pitch, s1, s2, group, relu, WHOLE)
+    for (; j + WIDE <= width; j += WIDE) COLUMNS_FROM(j, WIDE, 1);
+    if (j < width) COLUMNS_FROM(j, width - j, 0);
+#undef COLUMNS_FROM
 }
 
 static void FN(reduce_columns)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
@@ -515,14 +529,15 @@ INLINE void FN(backward_body)(const T *dy, const T *x, T *dx, ptrdiff_t n, const
     if (end < n) FN(store)(dx + n - W, last, 0);
 }
 
-static void FN(backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
-                         int varying, int relu, int frozen, int stream) {
-    const T *dt = (const T *)dy, *xt = (const T *)x;
-    const R *p = (const R *)parameters;
-    T *out = (T *)dx;
+/* Rows of n elements; strides in bytes */
+static void FN(backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
+                         ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch, int varying,
+                         int relu, int frozen, int stream) {
 #define CASE(V, A, F, S) \
     if (varying == V && relu == A && frozen == F && stream == S) \
-        FN(backward_body)(dt, xt, out, n, p, pitch, V, A, F, S);
+        for (ptrdiff_t i = 0; i < rows; i++) \
+            FN(backward_body)((const T *)(dy + i * dy_stride), (const T *)(x + i * x_stride), (T *)(dx + i * dx_stride), n, \
+                              (const R *)p, pitch, V, A, F, S);
 #define CASES(V, A) CASE(V, A, 0, 0) CASE(V, A, 0, 1) CASE(V, A, 1, 0) CASE(V, A, 1, 1)
     CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
 #undef CASES

@@ -22,8 +22,9 @@ typedef struct {
                         double *m2);
     void (*moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
                        ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
-    void (*normalize)(const char *x, const char *residual, char *y, ptrdiff_t n, const void *parameters,
-                      ptrdiff_t pitch, int varying, int relu, int stream);
+    void (*normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
+                      ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
+                      int varying, int relu, int stream);
     void (*reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
                        ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *parameters,
                        double *sum, double *product, int relu);
@@ -31,7 +32,8 @@ typedef struct {
                       ptrdiff_t x_stride, ptrdiff_t x_c_stride, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k,
                       const double *mean, const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide,
                       double *sum, double *product, int relu);
-    void (*backward)(const char *dy, const char *x, char *dx, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
+    void (*backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
+                     ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
                      int varying, int relu, int frozen, int stream);
 } span_table;
 

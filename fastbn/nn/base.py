@@ -74,11 +74,11 @@ class Layer(ABC):
         return {}
 
     def load_state_dict(self, state):
-        """Copy `state` into the layer; unless names and shapes are its own, ValueError and nothing changed."""
+        """Copy `state` into the layer; unless names and shapes are its own, ValueError, nothing changed."""
         self._set_state(self.check_state(state))
 
     def check_state(self, state, n_in=None):
-        """Return `state` in the dtypes this layer keeps, or raise; `n_in` is the model's width where known."""
+        """Return `state` in the dtypes the layer keeps, or raise; `n_in` is the model's width where known."""
         return check_arrays(state, self.arrays_of(self.config()))
 
     def _set_state(self, state):

@@ -15,7 +15,7 @@ from .activations import Sigmoid
 
 
 class Loss(NamedTuple):
-    """What a training loop needs of a loss; `targets` is called once, on all of y, before anything changes."""
+    """What a training loop needs of a loss; `targets` is called once, on all y, before anything changes."""
 
     targets: Callable  # (y, n, n_out, name) -> the checked targets, one row per sample
     value_and_gradient: Callable  # (outputs, targets) -> float, array like outputs

@@ -69,7 +69,7 @@ class Sequential:
                 layer.draw(self.rng, _scheme(layers[index + 1 :]))
 
     def __call__(self, x):
-        """Return the outputs for `x`, shape (N, n_in), in the current mode; remember what `backward` needs."""
+        """Return the outputs for `x`, shape (N, n_in), in the current mode; keep what `backward` needs."""
         x = as_matrix(x, self.n_in)
         for layer in self.layers:
             x = layer(x)
@@ -101,8 +101,8 @@ class Sequential:
         return self.train(False)
 
     def fit(
-        self, x, y, *, loss, optimizer, epochs=1, batch_size=32, validation_data=None, progress=True, seed=None
-    ):
+        self, x, y, *, loss, optimizer, epochs=1, batch_size=32, validation_data=None, progress=True, seed=None,
+    ):  # fmt: skip
         """Train on mini-batches: shuffle, forward, loss, backward, step; return the history.
 
         Parameters
@@ -243,7 +243,7 @@ class Sequential:
         return {f"{i}.{name}": array for i, state in enumerate(states) for name, array in state.items()}
 
     def load_state_dict(self, state):
-        """Copy `state`, as `state_dict` gives it, into the layers; unless it fits, ValueError, nothing changed."""
+        """Copy `state`, as from `state_dict`, into the layers; unless it fits, ValueError, nothing changed."""
         storage.load_state(self.layers, state, self.n_in)
 
     def save(self, path):

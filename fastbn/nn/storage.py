@@ -74,11 +74,11 @@ def _read(archive, build):
     found = set(names) - {ARCHITECTURE}
     if found != set(expected):
         missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
-        raise ValueError(f"arrays missing: {', '.join(missing) or 'none'}; unknown: {', '.join(extra) or 'none'}")
+        raise ValueError(f"arrays: missing {', '.join(missing) or 'none'}, unknown {', '.join(extra) or 'none'}")
     for name, (shape, dtype) in expected.items():
-        got_shape, got_dtype = _header(archive, name)
-        if (got_shape, got_dtype) != (shape, np.dtype(dtype)):
-            raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {got_dtype} of shape {got_shape}")
+        got, kind = _header(archive, name)
+        if (got, kind) != (shape, np.dtype(dtype)):
+            raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {kind} of shape {got}")
     state = {name: _array(archive, name) for name in expected}
 
     built = [kind.from_config(config) for kind, config in layers]
