@@ -4,23 +4,24 @@ Architecture
 ------------
 Arrows go down only; a test reads the imports and enforces it::
 
-    cli        nn        interop                  the shell, networks, other libraries
-     │         │            │
-     └────┬────┴────────────┘
+    cli · demo                                    the shell
+          │
           ▼
-    layer   fold   optim   preprocessing          state, models, optimizers
-       │      │      │        │
-       └──────┴──┬───┴────────┘
-                 ▼
-        norm        threads                       functions on arrays, the thread budget
-                 │
-                 ▼
+          nn                                      networks
+          │
+          ▼
+    layer · fold · optim · preprocessing          state, models, optimizers
+          │
+          ▼
+    norm · schedules · threads                    functions on arrays, learning rates, the thread budget
+          │
+          ▼
     _core: check · layout · dispatch · caches     arguments, canonical views, instruction sets
-                 │
-                 ▼
+          │
+          ▼
     _core: kernels.pyx · optim_kernels.pyx        threads and blocks, without the GIL, once per instruction set
-                 │
-                 ▼
+          │
+          ▼
     _core: span.h · optim_span.h                  serial loops over contiguous memory, once per dtype
 
 Every public function is four hops, visible in its body: `check` raises or nobody does, `layout` finds the smallest

@@ -92,7 +92,9 @@ class BatchNorm:
                                                                    0.0, 1.0)  # fmt: skip
         self.activation = activation
         check.activation(activation)
-        self.unbiased = bool(unbiased)
+        self.unbiased = check.flag("unbiased", unbiased)
+        affine = check.flag("affine", affine)
+        track_running_stats = check.flag("track_running_stats", track_running_stats)
         self.dtype = dtype = check.parameter_dtype("dtype", dtype)
         self.gamma = np.ones(c, dtype) if affine else None
         self.beta = np.zeros(c, dtype) if affine else None
@@ -141,7 +143,7 @@ class BatchNorm:
                 x, self.gamma, self.beta, axis=axis, eps=self.eps, activation=self.activation, residual=residual,
                 out=out, num_threads=num_threads,
             )  # fmt: skip
-            if self.training and saved.count:
+            if saved.count:
                 self._move(saved)
         else:
             mean, var = self.running_mean.astype(np.float64), self.running_var.astype(np.float64)
@@ -276,12 +278,10 @@ class BatchNorm:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type(state_dict).__name__}")
         own = self.state_dict()
-        missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"state_dict: expected keys {', '.join(own)}; missing: {', '.join(missing) or 'none'}; "
-                f"unknown: {', '.join(map(str, unknown)) or 'none'}"
-            )
+        missing = ", ".join(sorted(own.keys() - state_dict.keys())) or "none"
+        unknown = ", ".join(sorted(map(str, state_dict.keys() - own.keys()))) or "none"
+        if own.keys() != state_dict.keys():
+            raise ValueError(f"state_dict: expected keys {', '.join(own)}; missing: {missing}; unknown: {unknown}")
         tracked = own.pop("num_batches_tracked", None)
         if tracked is not None:
             tracked = check.view("num_batches_tracked", state_dict["num_batches_tracked"])
@@ -300,4 +300,5 @@ class BatchNorm:
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 options += f", {name}={getattr(self, name)!r}"
+        options += "" if self.dtype == np.float32 else f", dtype={self.dtype.name!r}"
         return f"BatchNorm({self.num_features}, {options})"

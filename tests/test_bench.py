@@ -63,7 +63,8 @@ def test_copy_copies():
 def test_command_line():
     run = subprocess.run(
         [sys.executable, "-m", "bench", "norm", "--quick", "--peers", "numpy", "--rounds", "1"],
-        cwd=ROOT, env={"PYTHONPATH": str(Path(fastbn.__file__).parents[1])}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={"PYTHONPATH": str(Path(fastbn.__file__).parents[1])}, capture_output=True,
+        text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "train 60×100" in run.stdout

@@ -615,7 +615,7 @@ class TestRefusals:
                 opt.step([*apart[:k], memory[64 * 9 + 31 :][:32], *apart[k + 1 :]])
         assert opt.state_dict()["step"] == 1
         empty = optim.SGD([memory[:0], memory[4:8]], lr=0.1)
-        nothing = np.ndarray((0,), np.float64, memory, offset=6 * 8)  # an empty slice would point to the start
+        nothing = np.ndarray((0,), np.float64, memory, offset=6 * 8)  # a slice would point elsewhere
         empty.step([nothing, np.ones(4)])
 
     def test_parameters_that_change(self):

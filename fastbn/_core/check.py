@@ -22,7 +22,7 @@ def is_half(dtype: np.dtype) -> bool:
 
 def real(dtype: np.dtype) -> np.dtype:
     """Return the dtype of parameters and statistics beside data of `dtype`: float32 at the least."""
-    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+    return FLOAT64 if dtype.newbyteorder("=") == FLOAT64 else FLOAT32
 
 
 def view(name: str, value: Any) -> np.ndarray:
@@ -148,7 +148,7 @@ def number(
     """Return a finite real number in [low, high], or (low, high]."""
     if type(value) is float and low < value < high:
         return value
-    if isinstance(value, (bool, np.bool_, str, bytes, complex)):
+    if isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
         x = float(value)
@@ -173,10 +173,17 @@ def count(name: str, value: Any, low: int | None = 1) -> int:
     return x
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
 def parameter_dtype(name: str, value: Any) -> np.dtype:
     """Return the dtype of parameters for data of a dtype: float32 at the least."""
     try:
-        dtype = np.dtype(value)
+        dtype = np.dtype("O" if value is None else value)  # NumPy takes None for float64
     except TypeError:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value!r}") from None
     if dtype.name not in _KERNELS:
