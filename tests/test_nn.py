@@ -148,6 +148,9 @@ def test_losses_are_the_textbook_ones_and_finite_at_extremes():
     assert identity.evaluate(z, z + 2, loss="mse") == (4.0, None)
     one_hot = identity.evaluate(z, np.eye(2)[[1, 0]], loss=LOSSES[0])
     assert one_hot == identity.evaluate(z, [1, 0], loss=LOSSES[0])
+    probabilities = nn.Sequential(*identity.layers, nn.Sigmoid())
+    for y in ([[0, 0], [1, 1]], [[1, 0], [0, 1]]):  # a Sigmoid at the end is part of the loss
+        assert probabilities.evaluate(z, y, loss=LOSSES[1]) == identity.evaluate(z, y, loss=LOSSES[1])
     assert nn.softmax(z).tolist() == [[1, 0], [0.5, 0.5]]
     assert nn.Sigmoid()(z).tolist() == [[1, 0], [0.5, 0.5]]
 
@@ -224,6 +227,7 @@ def test_fold_is_the_same_function(problem):
     assert_within(folded.predict(x), expected, bound, "folded")
     own = [value for layer in model for value in vars(layer).values() if isinstance(value, np.ndarray)]
     assert not any(np.shares_memory(a, b) for a in folded.parameters() for b in own)
+    assert not {id(layer) for layer in folded} & {id(layer) for layer in model}
     assert snapshot(model) == before
 
 
@@ -273,6 +277,18 @@ def test_training_learns_and_repeats(dtype):
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[2][0]
     assert runs[0][1] != runs[2][1]
+
+
+def test_seed_of_fit_is_the_order_of_the_rows():
+    x, y = data()
+    models = [net() for _ in range(4)]
+    state = models[0].rng.bit_generator.state
+    for model, seed in zip(models, (1, 1, 2, None), strict=True):
+        fit(model, x, y, optimizer=sgd(model), seed=seed)
+    assert snapshot(models[0]) == snapshot(models[1])
+    assert snapshot(models[0]) != snapshot(models[2])
+    assert models[0].rng.bit_generator.state == state
+    assert models[3].rng.bit_generator.state != state
 
 
 def test_history_without_validation_and_for_mse():
@@ -426,6 +442,14 @@ def test_recalibrate_paper_averages_unbiased_variances_of_training_batches():
         assert_within(model[index].running_mean, np.mean([z.mean(0) for z in inputs], axis=0), bound * size)
         var = np.mean([z.var(0) * len(z) / (len(z) - 1) for z in inputs], axis=0)
         assert_within(model[index].running_var, var, bound * size**2)
+
+
+def test_recalibrate_that_fails_in_a_later_layer_changes_no_earlier_one():
+    model = nn.Sequential(nn.BatchNorm(3), nn.BatchNorm(3, track_running_stats=False))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="track_running_stats"):
+        model.recalibrate([data()[0]])
+    assert snapshot(model) == before
 
 
 def failing():
@@ -616,7 +640,10 @@ def test_a_state_that_does_not_fit_changes_nothing():
         assert snapshot(model) == before
     with pytest.raises(TypeError, match="state"):
         model.load_state_dict([1])
+    held = model.parameters()
     model.load_state_dict(good)
+    model[1].weight = np.array(good["1.weight"])
+    assert all(a is b for a, b in zip(model.parameters(), held, strict=True))  # an optimizer may hold them
     assert snapshot(model.eval()) == snapshot(trained()[0])
 
 

@@ -283,6 +283,28 @@ def test_bits_are_those_of_one_thread_where_the_library_decides(shape):
         assert digests(*arguments) == digests(*arguments, num_threads=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", SAME_BITS[::3], ids=name)
+def test_bits_with_frozen_statistics_depend_on_neither(case, dtype):
+    """A layer in inference mode: dx = γ·dy/√(running_var + ε) where y > 0."""
+    (shape, axis), c = case, case[0][case[1]]
+    x, gamma, beta, dy = make(case, "plain", dtype)
+    bn = fastbn.BatchNorm(c, axis=axis, activation="relu").eval()
+    bn.gamma[:], bn.beta[:] = gamma, beta
+    bn.running_mean[:], bn.running_var[:] = np.random.default_rng(14).uniform(0.1, 2, size=(2, c))
+    found = []
+    for isa, threads in itertools.product(dispatch.available(), THREADS):
+        with running(isa):
+            y = bn(x, num_threads=threads)
+            dx = bn.backward(dy, num_threads=threads)
+        found.append([bits(a) for a in (y, dx, bn.grad_gamma, bn.grad_beta)])
+    assert all(one == found[0] for one in found)
+    scale = bn.gamma / np.sqrt(bn.running_var.astype(np.float64) + bn.eps)
+    expected = reference.expand(scale, x.ndim, axis) * np.where(y > 0, dy, 0).astype(np.float64)
+    bound = 4 * reference.unit(dtype) * np.abs(expected)
+    assert_within(dx, expected, bound + reference.half_unit(np.abs(expected) + bound, dtype), "dx")
+
+
 @given(problems(kinds=sorted(KINDS), max_size=10_000))
 @settings(max_examples=settings().max_examples // 3)
 def test_bits_of_any_problem_depend_on_neither(p):

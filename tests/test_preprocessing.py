@@ -47,10 +47,13 @@ def test_fit_forgets_and_from_moments_copies():
     x = features()
     scaler = Standardizer().fit(features(7, 5)).fit(x)
     assert bits(scaler.mean_) == bits(Standardizer().fit(x).mean_)
-    other = Standardizer.from_moments(scaler.moments_)
+    moments = Moments.of(x, axis=1)
+    other = Standardizer.from_moments(moments)
+    moments.merge(scaler.moments_)
+    assert other.moments_.count == other.n_samples_seen_ == 50
+    kept = other.moments_
     other.partial_fit(x + 1)
-    assert scaler.moments_.count == scaler.n_samples_seen_ == 50
-    assert other.n_samples_seen_ == 100
+    assert (kept.count, other.moments_.count, other.n_samples_seen_) == (50, 100, 100)
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(np.float32, U32), (np.float64, U64)])

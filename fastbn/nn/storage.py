@@ -30,7 +30,10 @@ def save(model, path):
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # in the same directory, or the replacement is not one step
     try:
         with open(temporary, "xb") as file:
-            np.savez(file, allow_pickle=False, **{ARCHITECTURE: np.array(text)}, **model.state_dict())
+            with zipfile.ZipFile(file, "w") as archive:  # np.savez takes allow_pickle since NumPy 2.1 only
+                for name, array in {ARCHITECTURE: np.array(text), **model.state_dict()}.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        npy.write_array(member, array, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -117,7 +120,7 @@ def _header(archive, name):
         raise ValueError(f"{name}: expected numbers, got Python objects, which are never unpickled")
     if size != dtype.itemsize * prod(shape):
         raise ValueError(f"{name}: expected as many bytes as {dtype} of shape {shape} has, got {size}")
-    return shape, dtype
+    return shape, dtype.newbyteorder("=")  # the other byte order is converted
 
 
 def _array(archive, name):
@@ -154,6 +157,6 @@ def load_state(layers, state, n_in=None):
 def check_path(path):
     """Return `path` as `os` takes it, or raise TypeError."""
     try:
-        return os.fspath(path)
+        return os.fsdecode(path)
     except TypeError:
         raise TypeError(f"path: expected a str or os.PathLike, got {type(path).__name__}") from None
