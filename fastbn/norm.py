@@ -73,7 +73,7 @@ def relu_mask(y: np.ndarray) -> np.ndarray:
 
 def _param_dtype(gamma: Any, x: np.ndarray) -> np.dtype:
     """Return the dtype of dγ and dβ: gamma's own if it is float32 or float64, else float32 at the least."""
-    dtype = getattr(gamma, "dtype", None)
+    dtype = getattr(gamma, "dtype", x.dtype)  # never None, which equals float64 in NumPy
     return dtype if dtype == check.FLOAT32 or dtype == check.FLOAT64 else check.real(x.dtype)
 
 
@@ -144,10 +144,11 @@ def batch_norm_train(
     gamma64, beta64 = check.channels("gamma", gamma, c), check.channels("beta", beta, c)
     eps = check.training_eps(eps)
     relu = check.activation(activation)
+    given = residual
     if residual is not None:
         residual = check.like("residual", residual, shape, x_in.dtype)
     if out is not None:
-        out = check.output(out, shape, x_in.dtype, ("x", x_in), ("residual", residual))
+        out = check.output(out, shape, x_in.dtype, ("x", x), residual=given, gamma=gamma, beta=beta)
     threads = budget(x_in.size, num_threads)
     count = x_in.size // c if c else 0
     if x_in.size == 0:
@@ -220,10 +221,12 @@ def batch_norm_infer(
     eps = check.inference_eps(eps)
     check.positive_variance(var64, eps, kernels.first_not_positive(var64, eps))
     relu = check.activation(activation)
+    given = residual
     if residual is not None:
         residual = check.like("residual", residual, shape, x_in.dtype)
     if out is not None:
-        out = check.output(out, shape, x_in.dtype, ("x", x_in), ("residual", residual))
+        out = check.output(out, shape, x_in.dtype, ("x", x), residual=given, mean=mean, var=var, gamma=gamma,
+                           beta=beta)  # fmt: skip
     threads = budget(x_in.size, num_threads)
     y = layout.empty_like(x_in) if out is None else out
     if x_in.size == 0:
@@ -283,7 +286,7 @@ def batch_norm_backward(
         raise ValueError("saved: expected the input of the forward pass, but out=x overwrote it")
     dy_in = check.like("dy", dy, x.shape, x.dtype)
     if out is not None:
-        out = check.output(out, x.shape, x.dtype, ("dy", dy_in), ("x", x))
+        out = check.output(out, x.shape, x.dtype, ("dy", dy), x=x)
     threads = budget(x.size, num_threads)
     c = x.shape[saved.axis]
     if x.size == 0:
@@ -368,11 +371,15 @@ class Moments:
             raise ValueError(f"other: expected {len(self.mean)} channels, got {len(other.mean)}")
         if other.count == 0:
             return self
+        if self.count == 0:
+            self.count, self.mean, self.m2 = other.count, other.mean.copy(), other.m2.copy()
+            return self
         n = self.count + other.count
         share = other.count / n
-        delta = other.mean - self.mean
-        mean = other.mean.copy() if self.count == 0 else self.mean + delta * share
-        m2 = other.m2.copy() if self.count == 0 else self.m2 + (other.m2 + delta * delta * (self.count * share))
+        with np.errstate(all="ignore"):  # infinities stay in their channel, without a word
+            delta = other.mean - self.mean
+            mean = self.mean + delta * share
+            m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
         self.count, self.mean, self.m2 = n, mean, m2
         return self
 

@@ -197,9 +197,7 @@ class Optimizer:
             raise ValueError(f"grads{where}: expected memory apart from the parameters, got an overlap")
         if g.dtype.num == p.dtype.num and g.dtype.isnative and g.flags.c_contiguous and g.flags.aligned:
             return g  # it came as a subclass, or from another library
-        copied = np.empty(p.shape, p.dtype)
-        copied[...] = g
-        return copied
+        return np.array(g, p.dtype, order="C")
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"step": int, slot: [one array per parameter, of its shape]}``, in copies.

@@ -16,7 +16,8 @@ DTYPES = [FLOAT32, FLOAT64, FLOAT16, BFLOAT16]
 
 # Where the kernels change their ways. Only the reach of the tests depends on these, never what they expect.
 LANES = 16
-BLOCK_NCS, BLOCK_RC = 16384, 131072  # elements of a block, summed by runs or by columns
+BLOCK_NCS = 16384  # elements of a block, summed by runs
+BLOCK_LEAST, BLOCK_RC = 16384, 131072  # and by columns: an eighth of the array within these
 ROW_GROUP, SHORT_RUN = 8, 256  # so many rows of runs so short are summed by columns
 SIDE_BY_SIDE, COLUMNS = 256, 1024  # short rows lie side by side up to this width; long ones are cut to that
 PER_THREAD = 32768  # elements that pay for a thread
@@ -37,8 +38,8 @@ CHANNELS_FIRST = [
     ((7, 3, SHORT_RUN), 1),
     ((8, 3, SHORT_RUN), 1),
     ((9, 3, SHORT_RUN + 1), 1),
-    ((1800, 3, 49), 1),  # blocks of 891 rows
-    ((8000, 2, 9), 1),  # blocks of 520 rows of 14 side by side
+    ((1800, 3, 49), 1),  # many blocks by columns
+    ((8000, 2, 9), 1),  # the same, rows side by side
     ((120, 3, 300), 1),  # blocks of 54 runs
     ((1, 3, 128, 128), 1),  # one run of exactly a block
     ((2, 2, BLOCK_NCS + 1), 1),  # runs cut in two
@@ -56,9 +57,9 @@ CHANNELS_LAST = [
     ((64, 960), 1),
     ((3, 2049), 1),
     ((7, 17, 1), 1),
-    ((90_000, 3), 1),  # blocks of 514 rows of 85 side by side
-    ((1200, 144), 1),  # two blocks
-    ((200, 2049), 1),  # two blocks, three tiles of columns
+    ((90_000, 3), 1),  # many blocks of rows side by side
+    ((1200, 144), 1),  # many blocks
+    ((200, 2049), 1),  # many blocks, three tiles of columns
     ((20, BLOCK_NCS + 3), 1),
 ]
 
@@ -74,7 +75,8 @@ def heads(shape, axis):
         n, s = 1, n * s
     if s == 1 or (s <= SHORT_RUN and n >= ROW_GROUP and c > 1):
         side = max(1, min(SIDE_BY_SIDE // (c * s), n))
-        rows = max(ROW_GROUP, BLOCK_RC // (side * min(c * s, COLUMNS))) * side
+        block = min(max(n * c * s // 8, BLOCK_LEAST), BLOCK_RC)
+        rows = max(ROW_GROUP, block // (side * min(c * s, COLUMNS))) * side
         return np.arange(0, n, rows) * s
     if s <= BLOCK_NCS:
         return np.arange(0, n * s, BLOCK_NCS // s * s)

@@ -1,8 +1,10 @@
 """fastbn.nn: gradients, training, recalibration, folding and files."""
 
+import io
 import json
 import re
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -163,16 +165,14 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-@st.composite
-def stacks(draw):
-    """(layers, x): any order of layers, their widths fitting, with statistics that are nothing special."""
-    dtype, seed = draw(st.sampled_from([np.float32, np.float64])), draw(st.integers(0, 2**32))
-    width = draw(st.integers(1, 5))
-    x = np.random.default_rng(seed).normal(1, 3, (6, width)).astype(dtype)
-    layers = [nn.Standardizer(fastbn.Standardizer().fit(x))] if draw(st.booleans()) else []
-    for kind in draw(st.lists(st.sampled_from(KINDS), min_size=not layers, max_size=7)):
-        if kind.startswith("dense"):
-            n_out = draw(st.integers(1, 5))
+def stack(kinds, widths, dtype, seed):
+    """Return (model, x), with parameters and statistics that are nothing special."""
+    x = np.random.default_rng(seed).normal(1, 3, (6, widths[0])).astype(dtype)
+    layers, width = [], widths[0]
+    for kind, n_out in zip(kinds, widths[1:], strict=True):
+        if kind == "standardizer":
+            layers.append(nn.Standardizer(fastbn.Standardizer().fit(x)))
+        elif kind.startswith("dense"):
             layers.append(nn.Dense(width, n_out, bias=kind == "dense", dtype=dtype))
             width = n_out
         elif kind.startswith("bn"):
@@ -215,9 +215,42 @@ def exact(model, x):
     return y, error
 
 
+@st.composite
+def stacks(draw):
+    """Any order of layers, a Standardizer only first."""
+    first = ["standardizer"] if draw(st.booleans()) else []
+    kinds = first + draw(st.lists(st.sampled_from(KINDS), min_size=not first, max_size=7))
+    widths = draw(st.lists(st.integers(1, 5), min_size=len(kinds) + 1, max_size=len(kinds) + 1))
+    return stack(kinds, widths, draw(st.sampled_from([np.float32, np.float64])), draw(st.integers(0, 2**32)))
+
+
 @given(stacks())
 def test_fold_is_the_same_function(problem):
-    model, x = problem
+    assert_folds(*problem)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("kinds", "folded"),
+    [
+        ("standardizer bn bn dense bn relu dense", "Dense ReLU Dense"),
+        ("bn bn dense without bias", "Dense"),
+        ("dense without bias bn relu bn dense", "Dense ReLU Dense"),
+        ("dense tanh bn", "Dense Tanh Dense"),
+        ("dense bn with relu bn with relu dense", "Dense ReLU Dense ReLU Dense"),
+        ("bn sigmoid bn bn", "Dense Sigmoid Dense"),
+        ("standardizer", "Dense"),
+        ("relu", "ReLU"),
+    ],
+)
+def test_fold_of_stacks_that_matter(kinds, folded, dtype):
+    kinds = re.findall("dense without bias|bn with relu|[a-z]+", kinds)
+    model, x = stack(kinds, range(3, 4 + len(kinds)), dtype, 0)
+    assert_folds(model, x)
+    assert [type(layer).__name__ for layer in model.fold()] == folded.split()
+
+
+def assert_folds(model, x):
     before = snapshot(model)
     folded = model.fold()
     assert {type(layer) for layer in folded} <= {nn.Dense, nn.ReLU, nn.Sigmoid, nn.Tanh}
@@ -406,6 +439,64 @@ def test_ten_steps_are_pytorchs(dtype):
         assert_within(actual, expected, steps * n * 8 * u * max(1, np.abs(expected).max()), name)
 
 
+# ---- progress --------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, stream, rich):
+    """Train with a progress bar on `stream`; return what was written and two figures that belong there."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # as if it were not installed
+    x, y = data(loss=LOSSES[0])
+    history = fit(net(), x, y, loss=LOSSES[0], epochs=2, progress=True, validation_data=(x, y))
+    return stream.getvalue(), f"epoch 2/2: loss {history['loss'][1]:.4f}", f"{history['val_accuracy'][1]:.4f}"
+
+
+def test_progress_is_one_line_in_a_log_without_rich(monkeypatch):
+    text, *figures = shown(monkeypatch, io.StringIO(), rich=False)
+    assert text.count("\n") == 1
+    assert all(figure in text for figure in figures)
+
+
+def test_progress_is_redrawn_on_a_terminal_without_rich(monkeypatch):
+    text, *figures = shown(monkeypatch, Terminal(), rich=False)
+    assert (text.count("\n"), text[0], text[-1]) == (1, "\r", "\n")
+    assert "epoch 1/2" in text
+    assert "[16%]" in text  # one of 2·3 mini-batches
+    assert all(figure in text.rpartition("\r")[2] for figure in [*figures, "[100%]"])
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_with_rich(monkeypatch, stream):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    text, *figures = shown(monkeypatch, stream(), rich=True)
+    assert all(figure in text for figure in figures)
+    assert text.endswith("\n" if stream is io.StringIO else "\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_display_that_fails_stops_no_training(monkeypatch, rich):
+    class Broken(Terminal):
+        def write(self, text):
+            raise OSError("gone")
+
+    assert shown(monkeypatch, Broken(), rich)[0] == ""
+    monkeypatch.setattr(sys, "stderr", None)
+    fit(net(), *data(), progress=True)
+
+
+def test_no_progress_writes_nothing(capsys):
+    fit(net(), *data(), progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
 # ---- recalibration ---------------------------------------------------------------------------------------------
 
 
@@ -447,7 +538,7 @@ def test_recalibrate_paper_averages_unbiased_variances_of_training_batches():
 def test_recalibrate_that_fails_in_a_later_layer_changes_no_earlier_one():
     model = nn.Sequential(nn.BatchNorm(3), nn.BatchNorm(3, track_running_stats=False))
     before = snapshot(model)
-    with pytest.raises(ValueError, match="track_running_stats"):
+    with pytest.raises(ValueError, match="running statistics"):
         model.recalibrate([data()[0]])
     assert snapshot(model) == before
 
@@ -465,6 +556,8 @@ def failing():
         (lambda: [data(8)[0]], "mean", ValueError, "method: expected 'pooled' or 'paper', got 'mean'"),
         (lambda: [data(8)[0], data(8, 2)[0]], "pooled", ValueError, "batches[1]: expected shape (N, 3)"),
         (lambda: [data(8)[0], data(1)[0]], "paper", ValueError, "2 or more"),
+        (lambda: 3, "pooled", TypeError, ""),
+        (lambda: 3, "pooled", TypeError, "batches: expected an iterable of arrays, got int"),
         (lambda: [], "pooled", None, ""),
     ],
 )
@@ -508,7 +601,7 @@ def test_save_and_load_are_bit_equal(tmp_path, dtype):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("where", ["numpy.savez", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("where", ["zipfile.ZipFile.open", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, where, error):
     path = tmp_path / "m.npz"
@@ -606,6 +699,25 @@ def test_a_changed_weight_fails_its_checksum(tmp_path):
     assert_refused(path, "CRC")
 
 
+@pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
+def test_no_flipped_byte_gives_another_model(tmp_path, flip):
+    """Bytes that mean nothing (a time, an attribute) may differ; any other is noticed."""
+    path = tmp_path / "m.npz"
+    model = nn.Sequential(nn.Standardizer(), nn.Dense(1, 2, bias=False), nn.BatchNorm(2), nn.ReLU(), seed=0).eval()
+    model[0].fit([[1.0], [2.0]])
+    model.save(path)
+    good, loaded, messages = path.read_bytes(), [], []
+    for place in range(0, len(good), 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ flip]) + good[place + 1 :])
+        try:
+            loaded.append(nn.load(path))
+        except ValueError as error:
+            messages.append(str(error))
+    assert all(message.startswith(f"{path}: ") for message in messages)
+    assert len(messages) > len(loaded)
+    assert all(snapshot(other) == snapshot(model) and repr(other) == repr(model) for other in loaded)
+
+
 @pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
 def test_damaged_models_are_refused(tmp_path, damage):
     path = tmp_path / "m.npz"
@@ -618,6 +730,16 @@ def test_damaged_models_are_refused(tmp_path, damage):
     assert_refused(path, words)
 
 
+def test_a_file_of_the_other_byte_order_is_the_same_model(tmp_path):
+    path = tmp_path / "m.npz"
+    model = trained()[0]
+    model.save(path)
+    with np.load(path) as file:
+        arrays = {name: array.astype(array.dtype.newbyteorder()) for name, array in file.items()}
+    np.savez(path, **arrays)
+    assert snapshot(nn.load(path)) == snapshot(model)
+
+
 def test_paths(tmp_path):
     with pytest.raises(FileNotFoundError):
         nn.load(tmp_path / "none.npz")
@@ -626,6 +748,8 @@ def test_paths(tmp_path):
     for call in (nn.load, net().save):
         with pytest.raises(TypeError, match="path"):
             call(3)
+    net().save(str(tmp_path / "m.npz").encode())
+    assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
 
 
 def test_a_state_that_does_not_fit_changes_nothing():
@@ -701,6 +825,7 @@ LABELS = data(loss=LOSSES[0])[1]
         ({"y": LABELS - 1}, ValueError, "got -1"),
         ({"y": LABELS * 1.0}, TypeError, "y: expected integer class labels"),
         ({"y": LABELS[1:]}, ValueError, "y: expected shape (24,)"),
+        ({"y": [[1], [0, 1]]}, ValueError, "y: expected an array, got list"),
         ({"y": np.ones((24, 2))}, ValueError, "y: expected one-hot rows"),
         ({"y": LABELS, "loss": "mse"}, ValueError, "y: expected shape (24, 2)"),
         ({"y": X[:, :2], "loss": LOSSES[1]}, ValueError, "y: expected labels 0 and 1"),

@@ -94,32 +94,23 @@ def test_half_types_are_within_the_bound_of_float32_and_half_a_unit(case, dtype,
     check_bounds(*make(case, kind, dtype), axis=case[1])
 
 
-# Repeated additions of one number err in one direction; in float64 nothing hides that
-HARD_FOR_FLOAT64 = ["two values", "heavy tails"]
-drifts = pytest.mark.xfail(strict=True, reason="float64 statistics drift by hundreds of units over 1024 additions")
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HARD_FOR_FLOAT64])
-@pytest.mark.parametrize("case", CHANNELS_FIRST[::3] + CHANNELS_LAST[::3], ids=name)
-def test_float64_is_within_its_bound(case, kind):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CHANNELS_FIRST[::2] + CHANNELS_LAST[::2], ids=name)
+def test_float64_is_within_its_bound_on_any_data(case, kind):
     check_bounds(*make(case, kind, FLOAT64), axis=case[1])
 
 
-@pytest.mark.parametrize(
-    ("kind", "cases"),
-    [
-        pytest.param("two values", CHANNELS_FIRST, id="two values, channels first", marks=drifts),
-        pytest.param("two values", CHANNELS_LAST, id="two values, channels last", marks=drifts),
-        pytest.param("heavy tails", CHANNELS_FIRST, id="heavy tails, channels first"),
-        pytest.param("heavy tails", CHANNELS_LAST, id="heavy tails, channels last", marks=drifts),
-    ],
-)
-def test_float64_is_within_its_bound_on_data_hard_to_sum(kind, cases):
-    for case in cases:
-        check_bounds(*make(case, kind, FLOAT64), axis=case[1])
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_float64_does_not_drift(channels_first):
+    """Additions of one and the same number all err in one direction; nothing hides that in float64."""
+    for seed in range(5):
+        x, _, _, dy = make(((BLOCK_NCS, 8), 1), "two values", FLOAT64, seed)
+        if channels_first:
+            x, dy = (np.ascontiguousarray(a.T)[None] for a in (x, dy))
+        check_bounds(x, None, None, dy, axis=1, eps=1e-300)
 
 
-@given(problems(kinds=sorted(set(KINDS) - set(HARD_FOR_FLOAT64)), dense=True))
+@given(problems(kinds=sorted(KINDS), dense=True))
 def test_any_problem_is_within_the_bound(p):
     check_bounds(
         p.x, p.gamma, p.beta, p.dy, axis=p.axis, eps=p.eps, activation=p.activation, residual=p.residual,
@@ -174,13 +165,14 @@ def test_inference_is_within_the_bound_for_any_statistics(axis, dtype):
 
 
 def beyond(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
+    """The README's limits: what a channel computes with leaves the range of the dtype."""
+    return pytest.mark.xfail(strict=True, reason=f"a limit, as the README says: {reason}")
 
 
 @pytest.mark.parametrize(
     ("numbers", "dtype", "gamma", "eps"),
     [
-        pytest.param([3.0, 3.0, 3.0], FLOAT32, 1.0, 1e-80, marks=beyond("rstd is infinite in float32, times 0")),
+        ([3.0, 3.0, 3.0], FLOAT32, 1.0, 1e-80),
         pytest.param([1e-40, 2e-40, 4e-40], FLOAT32, 1.0, 1e-100, marks=beyond("rstd is infinite in float32")),
         pytest.param([1e30, 2e30, 4e30], FLOAT32, 1e-10, 1e-5, marks=beyond("γ·rstd is subnormal in float32")),
         pytest.param([-3.3e38] * 9 + [3.3e38], FLOAT32, 1.0, 1e-5, marks=beyond("x - μ overflows in float32")),
@@ -287,7 +279,7 @@ def test_bits_are_those_of_one_thread_where_the_library_decides(shape):
 @pytest.mark.parametrize("case", SAME_BITS[::3], ids=name)
 def test_bits_with_frozen_statistics_depend_on_neither(case, dtype):
     """A layer in inference mode: dx = γ·dy/√(running_var + ε) where y > 0."""
-    (shape, axis), c = case, case[0][case[1]]
+    axis, c = case[1], case[0][case[1]]
     x, gamma, beta, dy = make(case, "plain", dtype)
     bn = fastbn.BatchNorm(c, axis=axis, activation="relu").eval()
     bn.gamma[:], bn.beta[:] = gamma, beta
@@ -454,7 +446,7 @@ def test_training_is_inference_by_the_statistics_of_the_batch(p):
     assert bits(y) == bits(batch_norm_infer(p.x, saved.mean, saved.var, p.gamma, p.beta, **p.options))
 
 
-@given(problems(kinds=["plain", "offset", "outliers"]))
+@given(problems(kinds=["plain", "offset", "outliers"], dense=True))
 def test_moments_are_the_statistics_of_training(p):
     _, saved = batch_norm_train(p.x, axis=p.axis)
     moments = Moments.of(p.x, p.axis)
@@ -619,8 +611,9 @@ def test_a_nan_mean_or_variance_spoils_its_channel_alone(dtype):
         vector[3] = 1
 
 
-def nan_needs_no_warning(dtype):
-    """Train with ReLU and a residual on data with a NaN, forwards and backwards."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_nan_passes_relu_behind_a_residual(dtype):
+    """And no comparison with it warns."""
     x = np.random.default_rng(11).normal(size=(6, 3, 7)).astype(dtype)
     dy, x[2, 1, 3] = x.copy(), np.nan
     y, saved = batch_norm_train(x, activation="relu", residual=x)
@@ -628,20 +621,6 @@ def nan_needs_no_warning(dtype):
     assert np.isnan(y[:, 1].astype(np.float64)).all()
     assert bits(gradients.dresidual[:, 1]) == bits(dy[:, 1])  # NaN is not below 0: the gradient passes
     assert np.isfinite(np.delete(gradients.dx, 1, 1).astype(np.float64)).all()
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        FLOAT32,
-        FLOAT64,
-        FLOAT16,
-        pytest.param(BFLOAT16, marks=pytest.mark.xfail(strict=True, reason="comparing a bfloat16 NaN with 0 warns")),
-    ],
-    ids=name,
-)
-def test_nan_passes_relu_behind_a_residual(dtype):
-    nan_needs_no_warning(dtype)
 
 
 # ---- 5: the process's floating-point state ------------------------------------------------------------------------

@@ -42,14 +42,14 @@ def array(name: str, value: Any) -> np.ndarray:
     x = value if type(value) is np.ndarray else view(name, value)
     dtype = x.dtype
     if dtype in _NATIVE:  # in native byte order: another one is another dtype
-        return x if x.flags.aligned else x.copy()
+        return x if x.flags.aligned else x.copy(order="K")
     if dtype.kind in "iub":
         return x.astype(np.float64)
     if dtype.name not in _KERNELS:
         raise TypeError(f"{name}: expected {_EXPECTED}, got dtype {dtype}")
     if not dtype.isnative:
         return x.astype(dtype.newbyteorder("="))
-    return x if x.flags.aligned else x.copy()
+    return x if x.flags.aligned else x.copy(order="K")
 
 
 def axis(value: Any, ndim: int) -> int:
@@ -106,16 +106,26 @@ def _overlaps_itself(a: np.ndarray) -> bool:
 
 
 def same_memory(a: np.ndarray, b: np.ndarray) -> bool:
-    """Say whether two arrays of one shape and dtype are the very same elements in the same order."""
-    return a is b or (a.strides == b.strides and a.ctypes.data == b.ctypes.data)
+    """Say whether two arrays of one shape are the very same elements in the same order."""
+    if a is b:
+        return True
+    steps = ([stride for stride, n in zip(v.strides, v.shape, strict=True) if n > 1] for v in (a, b))
+    return a.dtype == b.dtype and a.ctypes.data == b.ctypes.data and next(steps) == next(steps)
+
+
+def shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Say whether two arrays share an element; where that is too hard to find out, assume so."""
+    try:
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def output(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype, may_be: tuple[str, np.ndarray],
-    apart: tuple[str, np.ndarray | None],
-) -> np.ndarray:  # fmt: skip
-    """Return `out` if results can be written there: it may be exactly one input, and may not touch the other."""
-    if not isinstance(out, np.ndarray):
+    out: Any, shape: tuple[int, ...], dtype: np.dtype, may_be: tuple[str, Any], **apart: Any
+) -> np.ndarray:
+    """Return `out` if results can be written there: it may be exactly one input, and may not touch the others."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got {out.shape}")
@@ -126,20 +136,17 @@ def output(
     if not out.flags.c_contiguous and _overlaps_itself(out):
         raise ValueError(f"out: expected elements that share no memory, got strides {out.strides} for shape {shape}")
     name, same = may_be
-    if out is not same and shares_memory(out, same) and not same_memory(out, same):
+    if (
+        out is not same
+        and isinstance(same, np.ndarray)
+        and shares_memory(out, same)
+        and not (same.shape == shape and same_memory(out, same))
+    ):
         raise ValueError(f"out: expected {name} itself or memory apart from it, got one that overlaps {name} in part")
-    name, other = apart
-    if other is not None and shares_memory(out, other):
-        raise ValueError(f"out: expected memory apart from {name}, got an array that overlaps {name}")
+    for name, other in apart.items():
+        if isinstance(other, np.ndarray) and shares_memory(out, other):
+            raise ValueError(f"out: expected memory apart from {name}, got an array that overlaps {name}")
     return out
-
-
-def shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
-    """Say whether two arrays share an element; where that is too hard to find out, assume so."""
-    try:
-        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
 
 
 def number(

@@ -4,7 +4,8 @@
  *   T        type in memory                        SUFFIX   ends every name
  *   R        type of the arithmetic                TO_REAL   vector of T -> vector of R, TO_MEMORY back
  *   RINT, RBITS  signed and unsigned integer of R's size
- *   WIDEN    vector of R -> vector of float64      SHIFT_LIMIT (see moments_ncs)
+ *   REAL_MAX largest finite R                      SHIFT_LIMIT (see moments_ncs)
+ *   WIDEN    vector of R -> vector of float64
  * Statistics and reductions are summed in float64, element-wise results are computed in R.
  * A span along one channel (layout ncs) has one set of parameters; a span across channels (layout rc) has one
  * per element: `varying` says which, and is a constant wherever it is used, as `relu`, `stream` … are.
@@ -71,6 +72,11 @@ INLINE const T *FN(tail)(const T *row, ptrdiff_t len, ptrdiff_t r, T *buffer) {
 
 /* ---- parameters ------------------------------------------------------------------------------------------ */
 
+/* A number that R cannot hold becomes the largest one: 0·∞ would make NaN of a constant channel without eps. */
+INLINE R FN(finite)(double v) {
+    return (R)(v > REAL_MAX && v <= DBL_MAX ? REAL_MAX : v < -REAL_MAX && v >= -DBL_MAX ? -REAL_MAX : v);
+}
+
 /* y = ((x - hi) - lo)·scale + shift. The mean in two floats: x - hi is exact near the mean, so |mean| ≫ std is free. */
 static void FN(prepare)(ptrdiff_t c, const double *mean, const double *rstd, const double *gamma, const double *beta,
                         const double *dbeta_mean, const double *dgamma_mean, void *parameters, ptrdiff_t pitch) {
@@ -79,9 +85,9 @@ static void FN(prepare)(ptrdiff_t c, const double *mean, const double *rstd, con
         const R hi = (R)mean[i];
         p[HI * pitch + i] = hi;
         p[LO * pitch + i] = hi - hi == 0 ? (R)(mean[i] - (double)hi) : 0; /* infinite mean: no NaN for finite x */
-        p[RSTD * pitch + i] = (R)rstd[i];
+        p[RSTD * pitch + i] = FN(finite)(rstd[i]);
     }
-    for (ptrdiff_t i = 0; i < c; i++) p[SCALE * pitch + i] = (R)(gamma ? gamma[i] * rstd[i] : rstd[i]);
+    for (ptrdiff_t i = 0; i < c; i++) p[SCALE * pitch + i] = FN(finite)(gamma ? gamma[i] * rstd[i] : rstd[i]);
     for (ptrdiff_t i = 0; i < c; i++) p[SHIFT * pitch + i] = beta ? (R)beta[i] : 0;
     for (ptrdiff_t i = 0; i < c; i++) p[DBETA_MEAN * pitch + i] = dbeta_mean ? (R)dbeta_mean[i] : 0;
     for (ptrdiff_t i = 0; i < c; i++) p[DGAMMA_MEAN * pitch + i] = dgamma_mean ? (R)dgamma_mean[i] : 0;
@@ -342,13 +348,14 @@ static void FN(normalize)(const char *x, ptrdiff_t x_stride, const char *residua
 
 /* ---- backward -------------------------------------------------------------------------------------------- */
 
-/* dy where the forward's y > 0: the sign is computed again, by the forward's own arithmetic */
+/* dy where the forward's y > 0: y is computed again, by the forward's own arithmetic and rounding */
 INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
     const VPART d = (x - FN(parameter_part)(p + HI * pitch, i, varying)) -
                     FN(parameter_part)(p + LO * pitch, i, varying);
     const VPART z = d * FN(parameter_part)(p + SCALE * pitch, i, varying) +
                     FN(parameter_part)(p + SHIFT * pitch, i, varying);
-    return (VPART)((FN(vpartmask))dy & ~(z <= (VPART){0}));
+    const VPART y = TO_REAL(TO_MEMORY(z, FN(vpartmem), VPART, FN(vpartbits)), VPART, FN(vpartbits));
+    return (VPART)((FN(vpartmask))dy & ~(y <= (VPART){0}));
 }
 
 /* t1 += dy, t2 += dy·(x - mean) for LANES values; `mask` keeps the last of them */
@@ -496,7 +503,8 @@ INLINE VREAL FN(input_gradient)(const T *dy, const T *x, const R *p, ptrdiff_t p
         d = (FN(load)(x + i) - FN(parameter)(p + HI * pitch, i, varying)) - FN(parameter)(p + LO * pitch, i, varying);
     if (relu) {
         const VREAL z = d * scale + FN(parameter)(p + SHIFT * pitch, i, varying);
-        g = (VREAL)((FN(vmask))g & ~(z <= (VREAL){0}));
+        const VREAL y = TO_REAL(TO_MEMORY(z, FN(vmem), VREAL, FN(vbits)), VREAL, FN(vbits));
+        g = (VREAL)((FN(vmask))g & ~(y <= (VREAL){0}));
     }
     if (frozen) return scale * g;
     const VREAL xhat = d * FN(parameter)(p + RSTD * pitch, i, varying);

@@ -2,6 +2,7 @@
 #ifndef FASTBN_SPANS_H
 #define FASTBN_SPANS_H
 
+#include <float.h>
 #include <math.h>
 
 #include "half.h"
@@ -63,6 +64,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define RINT int32_t
 #define RBITS uint32_t
 #define WIDEN widen_float
+#define REAL_MAX FLT_MAX
 #define SHIFT_LIMIT 65536
 
 #define T float
@@ -97,6 +99,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #undef RINT
 #undef RBITS
 #undef WIDEN
+#undef REAL_MAX
 #undef SHIFT_LIMIT
 
 /* Arithmetic in float64. The limit costs at most 3 of 53 bits. */
@@ -104,6 +107,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define RINT int64_t
 #define RBITS uint64_t
 #define WIDEN SAME
+#define REAL_MAX DBL_MAX
 #define SHIFT_LIMIT 4
 
 #define T double
@@ -116,6 +120,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #undef RINT
 #undef RBITS
 #undef WIDEN
+#undef REAL_MAX
 #undef SHIFT_LIMIT
 #undef T
 #undef SUFFIX

@@ -99,13 +99,21 @@ def check_arrays(state, expected):
         raise ValueError(f"state: expected {', '.join(expected) or 'nothing'}; got also {', '.join(extra)}")
     checked = {}
     for name, (shape, dtype) in expected.items():
-        array = np.asarray(state[name])
+        array = as_array(state[name], name)
         if array.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
         if not np.can_cast(array.dtype, dtype, casting="same_kind"):
             raise ValueError(f"{name}: expected {np.dtype(dtype)}, got {array.dtype}")
         checked[name] = array.astype(dtype)
     return checked
+
+
+def as_array(value, name):
+    """Return `value` as NumPy sees it; the ValueError for rows of unequal length gets its `name`."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
 
 
 def positive_int(value, name):

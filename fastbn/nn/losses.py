@@ -12,6 +12,7 @@ import numpy as np
 
 from ..preprocessing import as_matrix
 from .activations import Sigmoid
+from .base import as_array
 
 
 class Loss(NamedTuple):
@@ -66,7 +67,7 @@ def _mean_squared_error(outputs, targets):
 
 def _class_labels(y, n, n_out, name):
     """Return labels of shape (N,) from integer labels or one-hot rows (N, n_out)."""
-    y = np.asarray(y)
+    y = as_array(y, name)
     if y.ndim == 2 and y.dtype.kind in "biuf":
         _check_shape(y, [(n, n_out)], name)
         if not (((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all()):
@@ -82,7 +83,7 @@ def _class_labels(y, n, n_out, name):
 
 def _numbers(y, n, n_out, name):
     """Return targets of shape (N, n_out); for a single output, shape (N,) serves too."""
-    y = np.asarray(y)
+    y = as_array(y, name)
     if y.dtype.kind not in "biuf":
         raise TypeError(f"{name}: expected real numbers, got {y.dtype}")
     _check_shape(y, [(n, n_out)] + [(n,)] * (n_out == 1), name)

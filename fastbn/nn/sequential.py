@@ -1,5 +1,7 @@
 """A stack of layers, trained, used, folded and kept as one."""
 
+from collections.abc import Iterable
+
 from ..preprocessing import as_matrix
 from . import folding, storage, training
 from .activations import ReLU
@@ -190,16 +192,21 @@ class Sequential:
         Raises
         ------
         ValueError, TypeError
-            For batches that do not fit. Whatever is raised, by `batches` itself too, changes nothing; nor
-            do no batches.
+            For batches that do not fit, and for a BatchNorm with track_running_stats=False. Whatever is
+            raised, by `batches` itself too, changes nothing; nor do no batches.
         """
-        replacements = []
-        values = [as_matrix(x, self.n_in, f"batches[{i}]") for i, x in enumerate(batches)]
         if method not in ("pooled", "paper"):
             raise ValueError(f"method: expected 'pooled' or 'paper', got {method!r}")
-        for layer in self.layers:
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches: expected an iterable of arrays, got {type(batches).__name__}")
+        values = [as_matrix(x, self.n_in, f"batches[{i}]") for i, x in enumerate(batches)]
+        replacements = []
+        for index, layer in enumerate(self.layers):
             forward = layer.infer
             if isinstance(layer, BatchNorm):
+                if not layer.track_running_stats:
+                    what = "expected running statistics, got none (track_running_stats=False)"
+                    raise ValueError(f"layers[{index}] (BatchNorm): {what}")
                 renewed = layer.clone()
                 renewed.recalibrate(values, method)
                 replacements.append((layer, renewed.state_dict()))
