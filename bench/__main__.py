@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 _ARGUMENTS = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.isa:
         os.environ["FASTBN_ISA"] = options.isa  # before fastbn is imported
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if not any(Path("fastbn", "_core").glob("_kernels_*")):  # not built in place: the installed one is meant
+        sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path.cwd()]
     import fastbn
 
     from . import cases, peers

@@ -14,7 +14,7 @@ from interpreter import run_python
 import fastbn
 from fastbn._core import dispatch
 
-PACKAGE = Path(fastbn.__file__).parent
+PACKAGE = Path(__file__).parents[1] / "fastbn"  # the source tree: what is installed has no .pyx
 
 # From the top; a module imports from the rows below its own, and within its own sub-package.
 ROWS = [
