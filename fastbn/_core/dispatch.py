@@ -14,8 +14,8 @@ try:
     from . import cpu
 except ImportError as error:
     raise ImportError(
-        f"{__package__}: not compiled here ({os.path.dirname(__file__)}): install it with 'pip install .' and run Python "
-        "elsewhere, or build it in place with 'pip install -e .'"
+        f"{__package__}: not compiled here ({os.path.dirname(__file__)}): run Python elsewhere "
+        "after 'pip install .', or build it in place with 'pip install -e .'"
     ) from error
 
 _LEVELS = {"baseline": 0, "v2": 2, "v3": 3, "v4": 4}  # name: the x86-64 level it needs
