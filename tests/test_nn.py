@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -148,6 +149,7 @@ def test_losses_are_the_textbook_ones_and_finite_at_extremes():
         assert abs(actual[0] - value) <= 4 * U64 * value
         assert actual[1] == accuracy
     assert identity.evaluate(z, z + 2, loss="mse") == (4.0, None)
+    assert identity.evaluate([[0.25, -0.25]], [[1, 0]], loss=LOSSES[1])[1] == 1  # decided at 0
     one_hot = identity.evaluate(z, np.eye(2)[[1, 0]], loss=LOSSES[0])
     assert one_hot == identity.evaluate(z, [1, 0], loss=LOSSES[0])
     probabilities = nn.Sequential(*identity.layers, nn.Sigmoid())
@@ -264,6 +266,13 @@ def assert_folds(model, x):
     assert snapshot(model) == before
 
 
+def test_a_constant_feature_folds_with_scale_one():
+    x = np.array([[1.0, 7.0], [3.0, 7.0], [3.0, 7.0]])
+    model = nn.Sequential(nn.Standardizer().fit(x), nn.Dense(2, 3, **F64), seed=0)
+    expected, bound = exact(model, x)
+    assert_within(model.fold().predict(x), expected, bound)
+
+
 def test_fold_refuses_what_it_cannot():
     with pytest.raises(ValueError, match=r"layers\[0\] \(Standardizer\).*fit"):
         nn.Sequential(nn.Standardizer(), nn.Dense(2, 1)).fold()
@@ -310,6 +319,53 @@ def test_training_learns_and_repeats(dtype):
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[2][0]
     assert runs[0][1] != runs[2][1]
+
+
+def test_dense_layers_are_drawn_for_the_activation_that_follows():
+    def he(rng, n_in, n_out):
+        return rng.normal(0, np.sqrt(2 / n_in), (n_out, n_in))
+
+    def glorot(rng, n_in, n_out):
+        return rng.uniform(-np.sqrt(6 / (n_in + n_out)), np.sqrt(6 / (n_in + n_out)), (n_out, n_in))
+
+    for following, scheme in (
+        ([], glorot), ([nn.ReLU()], he), ([nn.BatchNorm(2), nn.ReLU()], he), ([nn.BatchNorm(2, activation="relu")], he),
+        ([nn.Sigmoid()], glorot), ([nn.Tanh(), nn.ReLU()], glorot), ([nn.BatchNorm(2)], glorot),
+        ([nn.Dense(2, 1), nn.ReLU()], glorot),
+    ):  # fmt: skip
+        for dtype in (np.float32, np.float64):
+            drawn = nn.Sequential(nn.Dense(3, 2, dtype=dtype), *following, seed=7)[0]
+            assert bits(drawn.weight) == bits(scheme(np.random.default_rng(7), 3, 2).astype(dtype))
+            assert not drawn.bias.any()
+            assert nn.Sequential(drawn, seed=8)[0].weight is drawn.weight  # weights that are there stay
+
+
+def test_history_is_the_mean_over_rows_and_targets_of_one_output_may_be_flat():
+    x, y = data(9, n_out=1)
+    model = nn.Sequential(nn.Dense(3, 1, **F64), seed=0)
+    for loss, targets in (("mse", y), (LOSSES[1], y > 0)):
+        history = fit(model, x, targets[:, 0], loss=loss, batch_size=4)  # 4 + 4 + 1 rows, nothing learnt
+        expected = model.evaluate(x, targets, loss=loss)
+        assert abs(history["loss"][0] - expected[0]) <= 32 * U64 * expected[0]
+        assert loss == "mse" or abs(history["accuracy"][0] - expected[1]) <= 4 * U64
+        assert model.evaluate(x, targets[:, 0], loss=loss) == expected
+
+
+def test_divergence_is_in_the_history_and_no_warning():
+    x, y = data(dtype=np.float32, loss=LOSSES[0])
+    model = net(0, np.float32)
+    assert not np.isfinite(fit(model, x, y, loss=LOSSES[0], optimizer=sgd(model, 1e38), epochs=3)["loss"][-1])
+
+
+def test_layers_of_several_dtypes():
+    """A float64 BatchNorm, first, on float64 data; Dense layers in float32 behind it."""
+    x, y = data(loss=LOSSES[0])
+    model = nn.Sequential(nn.BatchNorm(3, **F64), nn.Dense(3, 4), nn.ReLU(), nn.Dense(4, 2, **F64), seed=0)
+    history = fit(model, x * 1e-3 + 1e3, y, loss=LOSSES[0], optimizer=sgd(model), epochs=20)
+    assert history["loss"][-1] < history["loss"][0]
+    assert [p.dtype.char for p in model.parameters()] == list("ddffdd")
+    assert [g.dtype.char for g in model.gradients()] == list("ddffdd")
+    assert model.predict(x).dtype == np.float64
 
 
 def test_seed_of_fit_is_the_order_of_the_rows():
@@ -414,6 +470,23 @@ def test_a_training_cut_short_is_whole_steps_long(error, monkeypatch):
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in whole.parameters()]
     assert np.isfinite(model.predict(x)).all()
     assert len(model.history["loss"]) == (1 if error is None else 2)
+
+
+def test_a_second_interrupt_comes_through_at_once():
+    class Stuck:
+        reached = 0
+
+        def step(self, grads):
+            for self.reached in (1, 2, 3):
+                signal.raise_signal(signal.SIGINT)
+
+    stuck, handler = Stuck(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(net(), *data(), optimizer=stuck)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert stuck.reached == 2
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -524,7 +597,8 @@ def test_recalibrate_paper_averages_unbiased_variances_of_training_batches():
     randomize(model)
     twin = net()
     twin.load_state_dict(model.state_dict())
-    model.recalibrate(batches, method="paper")
+    model.eval().recalibrate(batches, method="paper")
+    assert [(layer.training, getattr(layer, "num_batches_tracked", 0)) for layer in model] == [(False, 0)] * 7
     twin.train()
     for index in (1, 5):  # what reaches the second has passed the first with each batch's own statistics
         inputs = [nn.Sequential(*twin.layers[:index])(x) for x in batches]
@@ -690,6 +764,14 @@ def test_damaged_bytes_are_refused(tmp_path, damage):
     assert_refused(path)
 
 
+def test_an_array_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "m.npz"
+    trained()[0].save(path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("1.weight.npy", archive.read("1.weight.npy"))
+    assert_refused(path, "each once")
+
+
 def test_a_changed_weight_fails_its_checksum(tmp_path):
     path = tmp_path / "m.npz"
     model = trained()[0]
@@ -758,6 +840,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
     good = trained()[0].state_dict()
     shorter = {name: array for name, array in good.items() if name != "7.bias"}
     changes = {"9.weight": np.zeros(1)}, {"7.weight": np.zeros((2, 2))}, {"3": 0}, {"7.bias": np.ones(3, complex)}
+    changes += ({"2.num_batches_tracked": -1},)
     for state in (shorter, *(good | change for change in changes)):
         with pytest.raises(ValueError, match="state|expected"):
             model.load_state_dict(state)

@@ -29,6 +29,7 @@ from strategies import (
     numbers,
     parameters,
     problems,
+    shapes,
 )
 
 import fastbn
@@ -141,6 +142,23 @@ def test_a_constant_channel_is_exactly_beta(case, value, dtype):
     assert bits(y) == bits(expected)
     assert not saved.var.any()
     assert np.array_equal(saved.mean, np.full(shape[axis], np.asarray(value, dtype), np.float64))
+
+
+@given(
+    st.floats(-1e150, 1e150),
+    shapes(max_size=3000),
+    st.sampled_from(DTYPES),
+    st.sampled_from([1e-5, 1.0]),
+    st.booleans(),
+)
+def test_any_constant_is_exactly_beta(value, shape_and_axis, dtype, eps, relu):
+    (shape, axis), beta = shape_and_axis, 1 / 3
+    constant = np.asarray(value).clip(-6e4, 6e4).astype(dtype) if dtype.itemsize < 8 else np.asarray(value)
+    c = shape[axis]
+    options = {"axis": axis, "eps": eps, "activation": "relu" if relu else None}
+    y, saved = batch_norm_train(np.full(shape, constant), np.full(c, 1e3), np.full(c, beta), **options)
+    assert bits(y) == bits(np.full(shape, beta).astype(dtype))
+    assert np.array_equal(saved.mean, np.full(c, constant, np.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -3,8 +3,6 @@
 import inspect
 import math
 import re
-import subprocess
-import sys
 from typing import ClassVar
 
 import ml_dtypes
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import run_python
 from reference_optim import CLIPS, Reference
 
 from fastbn import optim
@@ -939,12 +938,14 @@ def test_signatures():
 
 def test_bfloat16_needs_no_import():
     """bfloat16 is known by its name: only who passes such arrays has imported ml_dtypes."""
-    code = (
-        "import sys, numpy as np; from fastbn import optim\n"
-        "p = np.ones(3, np.float16); optim.Adam([p]).step([np.ones(3, np.float16)])\n"
-        "assert 'ml_dtypes' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("""
+        import sys
+        import numpy as np
+        from fastbn import optim
+        p = np.ones(3, np.float16)
+        optim.Adam([p]).step([np.ones(3, np.float16)])
+        assert "ml_dtypes" not in sys.modules
+    """)
 
 
 def test_learns():
