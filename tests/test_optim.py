@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import sys
 from typing import ClassVar
 
 import ml_dtypes
