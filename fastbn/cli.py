@@ -20,7 +20,7 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalisation on CPUs at the speed of memory.")
     parser.add_argument("--version", action="version", version=f"fastbn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+    commands = parser.add_subparsers(dest="command", metavar="{demo,info}")
 
     demo = commands.add_parser(
         "demo",
@@ -40,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     if options.command == "info":
         show_config()
         return 0

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -103,9 +104,11 @@ def _figure(curves: dict[str, Curves], path: str) -> None:
             epoch = np.arange(1, values.shape[1] + 1)
             (line,) = axes.plot(epoch, values.mean(axis=0), label=name)
             axes.fill_between(epoch, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
-        axes.set(xlabel="epoch", title=label)
+        axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
+    panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.suptitle("mean over the seeds; the bands are their range")
     panels[1].legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
@@ -160,9 +163,10 @@ def _run(epochs: int, seeds: int, figure: str, progress: bool) -> int:
         task = bar.add_task("", total=len(VARIANTS) * seeds)
         curves, model = _train(data, epochs, seeds, lambda name: bar.update(task, advance=1, description=name))
     width = "-".join(map(str, (64, *HIDDEN, 10)))
-    console.print(f"digits; a {width} sigmoid network, SGD with rate {LEARNING_RATE}, batches of {BATCH}")
-    console.print("(a) raw inputs  (b) standardised  (c) standardised, BatchNorm before each sigmoid\n")
+    console.print(f"digits; {width}, sigmoid; SGD with rate {LEARNING_RATE}, batches of {BATCH}")
+    console.print("(a) raw inputs  (b) standardised  (c) standardised, BatchNorm\n")
     console.print(_table(curves, epochs, seeds))
+    console.print("(a) ahead of (b) is no accident: pixels from 0 to 16 act on the first layer like a larger rate.")
 
     model.recalibrate(np.array_split(x, len(x) // BATCH))
     folded = model.fold()

@@ -325,7 +325,8 @@ def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repe
             f"bn: expected no activation, got {activation!r}, which no weight can hold; its affine part is "
             "BatchNormParams(bn.gamma, bn.beta, bn.running_mean, bn.running_var, bn.eps)"
         )
-    params = _parameters(bn, n_groups * (n_out if bn_last else n_in))
+    of = f": one value per {'output' if bn_last else 'input'} channel of weight, whose layout is {layout!r}"
+    params = _parameters(bn, n_groups * (n_out if bn_last else n_in), of)
     scale, shift = _exact_scale_and_shift(params)
     pad_value = _pad_value(scale, shift) if padded else None
     per_channel = (2, n_groups, n_out, 1) if bn_last else (2, n_groups, 1, n_in)
@@ -511,8 +512,8 @@ def _check_finite(name, values, channel, expected, kind="channel", got=None):
         raise ValueError(f"{name}: expected {expected}, got {got} in {kind} {at}")
 
 
-def _parameters(bn, channels=None):
-    """Read and check `bn`: float64 arrays of shape (channels,), or mean's own shape for None."""
+def _parameters(bn, channels=None, of=""):
+    """Read and check `bn`: float64 arrays of shape (channels,), `of` says what these are; None: of mean's own shape."""
     names = BatchNormParams._fields
     if not isinstance(bn, BatchNormParams):
         names = "gamma", "beta", "running_mean", "running_var", "eps"
@@ -533,6 +534,8 @@ def _parameters(bn, channels=None):
     if channels is None and (mean.ndim != 1 or not mean.size):
         raise ValueError(f"{mean_name}: expected shape (C,), got {mean.shape}")
     shape = mean.shape if channels is None else (channels,)
+    if mean.shape != shape:
+        raise ValueError(f"{mean_name}: expected shape {shape}, got {mean.shape}{of}")
     mean, var = _values(mean_name, mean, shape), _values(var_name, own_var, shape)
     gamma = None if gamma is None else _values("gamma", gamma, shape)
     beta = None if beta is None else _values("beta", beta, shape)

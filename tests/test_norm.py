@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import sys
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ import pytest
 import reference
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from interpreter import run_python
 from reference import U32, U64, assert_within, bits, expand, over_channels
 from strategies import (
     BFLOAT16,
@@ -20,6 +22,7 @@ from strategies import (
     FLOAT32,
     FLOAT64,
     Place,
+    Problem,
     places,
     problems,
     shapes,
@@ -168,6 +171,90 @@ def test_results_lie_in_memory_as_x_does(shape, order):
 def test_results_lie_in_memory_as_a_misaligned_x_does():
     x = Place(order=(1, 0), misaligned=True).put(np.random.default_rng(27).normal(size=(5, 9)))
     assert order_of_axes(batch_norm_train(x)[0]) == order_of_axes(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "few runs", "many runs", "one channel"])
+def test_every_length_around_the_registers(layout, dtype):
+    """Nothing of a row is dropped, whatever is left of it after the last whole register."""
+    rng = np.random.default_rng(28)
+    for length in range(1, 71):
+        shape = {
+            "rows": (11, length),
+            "few runs": (3, 2, length),
+            "many runs": (9, 2, length),
+            "one channel": (2, 1, length),
+        }
+        x, dy, residual = rng.normal(size=(3, *shape[layout])).astype(dtype)
+        gamma, beta = rng.uniform(1, 2, size=(2, x.shape[1])).astype(np.float32)
+        p = Problem(
+            x, 1, gamma, beta, 1e-3, "relu" if length % 2 else None, residual if length % 3 else None, dy, None, dtype
+        )
+        check_against_the_oracle(p)
+
+
+def test_strides_beyond_32_bits(tmp_path):
+    """Two rows in a file of holes, 2 GiB apart."""
+    far = np.memmap(tmp_path / "holes", np.float32, mode="w+", shape=(2, 2**29 + 8))
+    assert far.strides[0] > 2**31
+    near = np.random.default_rng(29).normal(size=(2, 60)).astype(np.float32)
+    x, out = far[:, :60], far[:, 100:160]
+    x[...] = near
+    for shape in ((2, 60), (2, 3, 20)):
+        y, saved = batch_norm_train(near.reshape(shape))
+        dx = batch_norm_backward(near.reshape(shape), saved).dx
+        there, saved_there = batch_norm_train(x.reshape(shape), out=out.reshape(shape))
+        assert np.shares_memory(there, out)
+        assert bits(there) == bits(y)
+        assert bits(batch_norm_backward(x.reshape(shape), saved_there).dx) == bits(dx)
+
+
+def test_more_values_than_32_bits_count():
+    """2³¹ and some, of one row repeated."""
+    row = np.arange(64, dtype=np.float32)
+    x = np.broadcast_to(row, (2**25 + 5, 64))
+    moments = Moments.of(x)
+    assert x.size > 2**31
+    assert moments.count == len(x)
+    assert np.array_equal(moments.mean, row)
+    assert not moments.m2.any()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards pages by Linux's mprotect")
+def test_nothing_beside_an_array_is_touched():
+    """Arrays that begin or end with a page beside one that nobody may read or write."""
+    run_python(
+        """
+        import ctypes, itertools, math, mmap
+        import ml_dtypes
+        import numpy as np
+        import fastbn
+
+        page, room = mmap.PAGESIZE, 16 * mmap.PAGESIZE
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def guarded(values, at_end):
+            memory = mmap.mmap(-1, room + 2 * page)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            for guard in (start, start + page + room):
+                assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+            offset = page + (room - values.nbytes if at_end else 0)
+            array = np.frombuffer(memory, values.dtype, values.size, offset).reshape(values.shape)
+            array[...] = values
+            return array
+
+        shapes = [(2, 3, 5), (9, 3, 5), (3, 2, 17), (2, 2, 300), (1, 1, 33), (7, 3), (40, 19), (3, 1025), (2, 4, 16)]
+        for shape, dtype in itertools.product(shapes, (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)):
+            values = np.random.default_rng(0).normal(size=(3, *shape)).astype(dtype)
+            for at_end in (False, True):
+                x, dy, residual, out = (guarded(v, at_end) for v in (*values, values[0]))
+                y, saved = fastbn.batch_norm_train(x, residual=residual, activation="relu", out=out)
+                fastbn.batch_norm_infer(x, saved.mean, saved.var, out=out)
+                fastbn.batch_norm_backward(dy, saved, out=out)
+                fastbn.batch_norm_backward(dy, fastbn.batch_norm_train(x, activation="relu")[1], out=dy)
+                fastbn.Moments.of(x)
+        """
+    )
 
 
 def test_a_large_view_of_zero_strides_is_one_small_array_repeated():

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 try:
     from . import cpu
-except ImportError as error:
+except ImportError:
     raise ImportError(
         f"{__package__}: not compiled here ({os.path.dirname(__file__)}): run Python elsewhere "
         "after 'pip install .', or build it in place with 'pip install -e .'"
-    ) from error
+    ) from None
 
 _LEVELS = {"baseline": 0, "v2": 2, "v3": 3, "v4": 4}  # name: the x86-64 level it needs
 
