@@ -65,13 +65,23 @@ class BuildKernels(build_ext):
         self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self):
-        if os.environ.get("FASTBN_OPENMP", "1") != "0" and self.has_openmp():
+        openmp = os.environ.get("FASTBN_OPENMP", "1") != "0" and self.has_openmp()
+        if openmp:
             for module in self.extensions:
                 module.extra_compile_args.append("-fopenmp")
                 module.extra_link_args.append("-fopenmp")
         else:
             print("fastbn: building without OpenMP: every call will use one thread")
+        self.force = self.force or self.options_changed(f"openmp={openmp} {FLAGS}")
         super().build_extensions()
+
+    def options_changed(self, options):
+        """Say whether build/ holds objects of other options: setuptools compares times, not flags."""
+        stamp = Path(self.build_temp, "options.txt")
+        changed = not stamp.exists() or stamp.read_text() != options
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(options)
+        return changed
 
     def has_openmp(self):
         with tempfile.TemporaryDirectory() as folder:
