@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _ARGUMENTS = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-_ARGUMENTS.add_argument("what", nargs="*", help="norm, optim (default: both)")
+_ARGUMENTS.add_argument("what", nargs="*", help="norm, optim (default: both), or threads alone")
 _ARGUMENTS.add_argument("--dtype", default="float32", help="of the norm cases (default %(default)s)")
 _ARGUMENTS.add_argument("--threads", type=int, default=2, help="of every library (default %(default)s)")
 _ARGUMENTS.add_argument("--isa", help="instruction set of fastbn, as FASTBN_ISA")
@@ -34,9 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     from . import cases, peers
     from .timing import interleaved
 
+    if options.what == ["threads"]:
+        from .threads import main as threads
+
+        threads(options.threads, options.rounds)
+        return 0
     unknown = set(options.what) - {"norm", "optim"}
     if unknown:
-        _ARGUMENTS.error(f"what: expected norm or optim, got {', '.join(sorted(unknown))}")
+        _ARGUMENTS.error(f"what: expected norm, optim, or threads alone, got {', '.join(sorted(unknown))}")
     what = options.what or ["norm", "optim"]
     names = ["quick"] if options.quick else options.shapes.split(",")
     if set(names) - set(cases.SHAPES):

@@ -74,7 +74,7 @@ def norm_cases(shapes: list[tuple[int, ...]], dtype: str) -> list[NormCase]:
     for shape in shapes:
         for layout in ("nchw", "nhwc") if len(shape) > 2 else ("nchw",):
             cases += [NormCase(op, shape, layout, dtype) for op in ("train", "backward", "infer")]
-            cases.append(NormCase("infer", shape, layout, dtype, preallocated=False))
+            cases += [NormCase(op, shape, layout, dtype, preallocated=False) for op in ("train", "infer")]
     return cases
 
 

@@ -133,8 +133,10 @@ class Torch:
         c = case.shape[1]
         gamma, beta = torch.full((c,), 1.5), torch.full((c,), 0.25)
         mean, var = torch.zeros(c), torch.ones(c)
-        if case.operation == "infer" and not case.preallocated:
-            return lambda: torch.nn.functional.batch_norm(x, mean, var, gamma, beta)
+        if case.operation != "backward" and not case.preallocated:
+            training = case.operation == "train"
+            statistics = (None, None) if training else (mean, var)
+            return lambda: torch.nn.functional.batch_norm(x, *statistics, gamma, beta, training)
         extra = (torch.empty(c), torch.empty(c))
         if case.operation in ("train", "infer"):
             training = case.operation == "train"
