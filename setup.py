@@ -19,6 +19,7 @@ from setuptools.errors import CompileError, LinkError
 
 CORE = "fastbn/_core"
 KERNELS = ["kernels", "optim_kernels"]
+PLAIN = ["check", "layout", "cpu", "openmp"]
 # Contraction off: a*b + c must round twice on every CPU, or the bits would depend on the instruction set.
 # errno and traps cost vectorisation and change no result; -ffast-math and -march=native are never used.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall", "-Wextra"]
@@ -49,8 +50,8 @@ def extension(name, source, flags=()):
 
 
 def extensions():
-    """The questions to CPU and OpenMP at baseline flags; every kernel source once per instruction set."""
-    built = cythonize([extension("cpu", "cpu"), extension("openmp", "openmp")], build_dir="build/cython/any")
+    """What has no kernels at baseline flags; every kernel source once per instruction set."""
+    built = cythonize([extension(name, name) for name in PLAIN], build_dir="build/cython/any")
     for level, flags in instruction_sets().items():
         modules = [extension(f"_{source}_{level}", source, flags) for source in KERNELS]
         built += cythonize(modules, build_dir=f"build/cython/{level}")  # apart: the C files share a name

@@ -1,76 +1,148 @@
 """Who computes the cases. Each class turns a case into a callable, or None for what it does not do.
 
-A peer that is not installed is skipped by name, with what to install.
+A peer that is not installed raises ModuleNotFoundError, and is skipped by name with what to install.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 import fastbn
-from fastbn._core import layout
+from fastbn import norm, optim
+from fastbn import threads as thread_budget
+from fastbn._core import dispatch, layout
 from fastbn._core.dispatch import kernels
 
-from .cases import NormCase, OptimCase
+from .cases import FoldCase, NormCase, OptimCase
 
 Call = Callable[[], object]
+GAMMA, BETA, EPS = 1.5, 0.25, 1e-5  # of every case; inference has mean 0 and variance 1
+PEERS: dict[str, type[Peer]] = {}  # the other libraries, by name
 
 
-def arrays(case: NormCase, count: int) -> list[np.ndarray]:
-    """Return random arrays of the case's logical (N, C, …) shape, in its order in memory, aligned."""
+class Peer:
+    """One library. A callable returns what it computed: y, with the statistics after it, or the gradients, dx first."""
+
+    name = ""
+    module = ""
+    install = ""
+
+    def __init_subclass__(cls) -> None:
+        if cls.name and cls.install:
+            PEERS[cls.name] = cls
+
+    def __init__(self, threads: int) -> None:
+        importlib.import_module(self.module)
+
+    @property
+    def version(self) -> str:
+        return sys.modules[self.module].__version__
+
+    def norm(self, case: NormCase) -> Call | None:
+        return None
+
+    def optim(self, case: OptimCase) -> Call | None:
+        return None
+
+    def fold(self, case: FoldCase) -> Call | None:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(shape: tuple[int, ...], order: str, dtype: str) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    shape = case.shape if case.layout == "nchw" else (case.shape[0], *case.shape[2:], case.shape[1])
-    made = []
-    for _ in range(count):
-        array = layout.aligned_empty(shape, np.dtype(case.dtype))
-        array[...] = rng.standard_normal(shape, dtype=np.float32)
-        made.append(array if case.layout == "nchw" else np.moveaxis(array, -1, 1))
+    made = [empty(shape, order, dtype) for _ in range(3)]
+    for array in made:
+        memory = array if order == "nchw" else np.moveaxis(array, 1, -1)
+        memory[...] = rng.standard_normal(memory.shape, dtype=np.float32)
     return made
 
 
-class Copy:
+def empty(shape: tuple[int, ...], order: str, dtype: str) -> np.ndarray:
+    """Return an aligned array of logical shape (N, C, …), in memory in that order or with the channels last."""
+    kind = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    if order == "nchw":
+        return layout.aligned_empty(shape, kind)
+    return np.moveaxis(layout.aligned_empty((shape[0], *shape[2:], shape[1]), kind), -1, 1)
+
+
+def arrays(case: NormCase, count: int) -> list[np.ndarray]:
+    """Return x, dy, residual, which all peers share and none may change, and outputs of its own."""
+    inputs = _inputs(case.shape, case.layout, case.dtype)
+    outputs = [empty(case.shape, case.layout, case.dtype) for _ in range(count - len(inputs))]
+    for out in outputs:
+        out[...] = 0  # the first touch of fresh memory
+    return [*inputs[:count], *outputs]
+
+
+def optimizer_arrays(case: OptimCase) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return parameters and gradients of the case's sizes."""
+    rng = np.random.default_rng(0)
+    return tuple([rng.standard_normal(n, dtype=np.float32) for n in case.sizes] for _ in range(2))  # type: ignore[return-value]
+
+
+def fold_arrays(case: FoldCase) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the weights, in PyTorch's order, and gamma, beta, mean and var of their outputs."""
+    rng = np.random.default_rng(0)
+    channels = case.weight[case.operation == "conv_transposed"]
+    weight = rng.standard_normal(case.weight, dtype=np.float32)
+    return weight, [rng.uniform(0.5, 1.5, channels).astype(np.float32) for _ in range(4)]
+
+
+class Copy(Peer):
     """A streaming copy of one tensor: the yardstick."""
 
-    name, module, install = "copy", "fastbn", ""
+    name, module = "copy", "fastbn"
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def norm(self, case: NormCase) -> Call:
-        return self._copy(case.tensor_bytes)
-
-    def optim(self, case: OptimCase) -> Call:
-        return self._copy(case.tensor_bytes)
-
-    def _copy(self, size: int) -> Call:
-        source, target = (layout.aligned_empty((size,), np.dtype(np.uint8)) for _ in range(2))
+    def _copy(self, case: NormCase | OptimCase | FoldCase) -> Call:
+        source, target = (layout.aligned_empty((case.tensor_bytes,), np.dtype(np.uint8)) for _ in range(2))
         source[...] = 1
         return lambda: kernels.copy(source, target, self.threads)
 
+    norm = optim = fold = _copy
 
-class FastBN:
-    """This library, through its public functions."""
 
-    name, module, install = "fastbn", "fastbn", ""
+class FastBN(Peer):
+    """This library, through its public functions; with `isa`, by the kernels of that instruction set."""
 
-    def __init__(self, threads: int) -> None:
-        fastbn.set_num_threads(threads)
+    name, module = "fastbn", "fastbn"
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        self.threads, self.isa = threads, isa
+        self._scope = (
+            dispatch.load("kernels", isa or dispatch.isa),
+            dispatch.load("optim_kernels", isa or dispatch.isa),
+            threads,
+        )
 
     def norm(self, case: NormCase) -> Call:
-        x, dy, out = arrays(case, 3)
+        x, dy, residual, *out = arrays(case, 3 + case.preallocated)
         c = case.shape[1]
-        gamma, beta = np.full(c, 1.5, np.float32), np.full(c, 0.25, np.float32)
-        into = {"out": out} if case.preallocated else {}
-        if case.operation == "train":
-            return lambda: fastbn.batch_norm_train(x, gamma, beta, **into)
-        if case.operation == "infer":
-            mean, var = np.zeros(c, np.float32), np.ones(c, np.float32)
-            return lambda: fastbn.batch_norm_infer(x, mean, var, gamma, beta, **into)
-        _, saved = fastbn.batch_norm_train(x, gamma, beta)
-        return lambda: fastbn.batch_norm_backward(dy, saved, **into)
+        gamma, beta = np.full(c, GAMMA, np.float32), np.full(c, BETA, np.float32)
+        mean, var = np.zeros(c, np.float32), np.ones(c, np.float32)
+        into: dict[str, Any] = {"out": out[0]} if case.preallocated else {}
+        if self.threads is not None:  # a given number is taken as it is: give the number that pays
+            into["num_threads"] = max(1, min(self.threads, x.size // thread_budget.ELEMENTS_PER_THREAD))
+        fused = {"activation": "relu"} if case.fused else {}
+        options = into | fused | ({"residual": residual} if case.fused == "add+relu" else {})
+        if case.operation == "backward":
+            options.pop("out", None)
+            saved = fastbn.batch_norm_train(x, gamma, beta, **options)[1]
+        call = {
+            "train": lambda: fastbn.batch_norm_train(x, gamma, beta, **options),
+            "infer": lambda: fastbn.batch_norm_infer(x, mean, var, gamma, beta, **options),
+            "backward": lambda: fastbn.batch_norm_backward(dy, saved, **into),
+        }[case.operation]
+        return self._scoped(call) if self.isa else call
 
     def optim(self, case: OptimCase) -> Call:
         params, grads = optimizer_arrays(case)
@@ -82,104 +154,80 @@ class FastBN:
             "Adam": lambda: fastbn.optim.Adam(params, 1e-4, **clip),
             "AdamW": lambda: fastbn.optim.AdamW(params, 1e-4, **clip),
         }
-        optimizer = make[case.operation]()
-        return lambda: optimizer.step(grads)
+        optimizer = self._scoped(make[case.operation])()
+
+        def step() -> list[np.ndarray]:
+            optimizer.step(grads)
+            return params
+
+        return self._scoped(step)
+
+    def fold(self, case: FoldCase) -> Call:
+        weight, parameters = fold_arrays(case)
+        bn = fastbn.BatchNormParams(*parameters, EPS)
+        if case.operation == "linear":
+            return lambda: fastbn.fold_linear(weight, None, bn)
+        transposed = case.operation == "conv_transposed"
+        return lambda: fastbn.fold_conv(weight, None, bn, transposed=transposed)
+
+    def _scoped(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Return `call` with this instance's kernels and threads, set for its time alone."""
+
+        def scoped() -> Any:
+            before = norm.kernels, optim.optim_kernels, thread_budget._state.override
+            norm.kernels, optim.optim_kernels, thread_budget._state.override = self._scope
+            try:
+                return call()
+            finally:
+                norm.kernels, optim.optim_kernels, thread_budget._state.override = before
+
+        return scoped
 
 
-class NumPy:
+class NumPy(Peer):
     """The formulas as one would write them."""
 
     name, module, install = "numpy", "numpy", "pip install numpy"
 
-    def __init__(self, threads: int) -> None:
-        pass
-
-    def norm(self, case: NormCase) -> Call:
-        x, dy = arrays(case, 2)
+    def norm(self, case: NormCase) -> Call | None:
+        if case.dtype not in ("float32", "float64"):
+            return None  # NumPy would compute, and sum, in half precision
+        x, dy, residual = arrays(case, 3)
         axes = tuple(i for i in range(x.ndim) if i != 1)
-        count = x.size // x.shape[1]
+        gamma, beta, eps, count = (x.dtype.type(value) for value in (GAMMA, BETA, EPS, x.size // x.shape[1]))
 
-        def train() -> tuple[np.ndarray, np.ndarray]:
+        def follow(y: np.ndarray) -> np.ndarray:
+            if case.fused == "add+relu":
+                y += residual
+            return np.maximum(y, 0, out=y) if case.fused else y
+
+        def train() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             centred = x - x.mean(axes, keepdims=True)
-            rstd = 1 / np.sqrt((centred * centred).mean(axes, keepdims=True) + np.float32(1e-5))
-            return centred * rstd * np.float32(1.5) + np.float32(0.25), rstd
+            rstd = 1 / np.sqrt((centred * centred).mean(axes, keepdims=True) + eps)
+            xhat = centred * rstd
+            return follow(xhat * gamma + beta), xhat, rstd
 
-        def backward() -> np.ndarray:
-            dbeta, dgamma = dy.sum(axes, keepdims=True), (dy * xhat).sum(axes, keepdims=True)
-            return np.float32(1.5) * rstd * (dy - dbeta / np.float32(count) - xhat * (dgamma / np.float32(count)))
+        def backward() -> tuple[np.ndarray, ...]:
+            g = dy * (y > 0) if case.fused else dy
+            dbeta, dgamma = g.sum(axes, keepdims=True), (g * xhat).sum(axes, keepdims=True)
+            return gamma * rstd * (g - dbeta / count - xhat * (dgamma / count)), dgamma, dbeta, g
 
-        y, rstd = train()
-        xhat = (y - np.float32(0.25)) / np.float32(1.5)
-        return {"train": train, "backward": backward, "infer": lambda: x * np.float32(1.5) + np.float32(0.25)}[
-            case.operation
-        ]
+        if case.operation == "infer":
+            scale = gamma / np.sqrt(1 + eps)
+            return lambda: follow(x * scale + beta)
+        y, xhat, rstd = train()
+        return train if case.operation == "train" else backward
 
-    def optim(self, case: OptimCase) -> Call | None:
-        return None
+    def fold(self, case: FoldCase) -> Call:
+        weight, (gamma, beta, mean, var) = fold_arrays(case)
+        axis = int(case.operation == "conv_transposed")
+        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
 
+        def fold() -> tuple[np.ndarray, np.ndarray]:
+            scale = gamma / np.sqrt(var + np.float32(EPS))
+            return weight * scale.reshape(shape), beta - scale * mean
 
-class Torch:
-    """PyTorch eager."""
-
-    name, module, install = "torch", "torch", "pip install torch"
-
-    def __init__(self, threads: int) -> None:
-        self.torch = importlib.import_module("torch")
-        self.torch.set_num_threads(threads)
-
-    def norm(self, case: NormCase) -> Call:
-        torch = self.torch
-        x, dy, out = (torch.from_numpy(array) for array in arrays(case, 3))
-        c = case.shape[1]
-        gamma, beta = torch.full((c,), 1.5), torch.full((c,), 0.25)
-        mean, var = torch.zeros(c), torch.ones(c)
-        if case.operation != "backward" and not case.preallocated:
-            training = case.operation == "train"
-            statistics = (None, None) if training else (mean, var)
-            return lambda: torch.nn.functional.batch_norm(x, *statistics, gamma, beta, training)
-        extra = (torch.empty(c), torch.empty(c))
-        if case.operation in ("train", "infer"):
-            training = case.operation == "train"
-            statistics = (None, None) if training else (mean, var)
-            return lambda: torch.native_batch_norm(
-                x, gamma, beta, *statistics, training, 0.1, 1e-5, out=(out, *extra)
-            )
-        _, save_mean, save_rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, 1e-5)
-        grad = torch.ops.aten.native_batch_norm_backward
-        if not case.preallocated:
-            return lambda: grad(dy, x, gamma, None, None, save_mean, save_rstd, True, 1e-5, [True, True, True])
-        return lambda: grad.out(
-            dy, x, gamma, None, None, save_mean, save_rstd, True, 1e-5, [True, True, True],
-            out0=out, out1=extra[0], out2=extra[1],
-        )  # fmt: skip
-
-    def optim(self, case: OptimCase) -> Call:
-        torch = self.torch
-        params, grads = ([torch.from_numpy(a) for a in group] for group in optimizer_arrays(case))
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        fused = {} if case.operation == "RMSprop" else {"fused": True}  # there is no fused RMSprop
-        make = {
-            "SGD": lambda: torch.optim.SGD(params, 1e-4, **fused),
-            "Nesterov": lambda: torch.optim.SGD(params, 1e-4, momentum=0.9, nesterov=True, **fused),
-            "RMSprop": lambda: torch.optim.RMSprop(params, 1e-4, foreach=True),
-            "Adam": lambda: torch.optim.Adam(params, 1e-4, **fused),
-            "AdamW": lambda: torch.optim.AdamW(params, 1e-4, **fused),
-        }
-        optimizer = make[case.operation]()
-
-        def step() -> None:
-            if case.clip:
-                torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-
-        return step
+        return fold
 
 
-def optimizer_arrays(case: OptimCase) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return parameters and gradients of the case's sizes."""
-    rng = np.random.default_rng(0)
-    return tuple([rng.standard_normal(n, dtype=np.float32) for n in case.sizes] for _ in range(2))  # type: ignore[return-value]
-
-
-PEERS = {peer.name: peer for peer in (NumPy, Torch)}
+from . import peers_onednn, peers_onnxruntime, peers_torch  # noqa: E402, F401 (they derive from Peer)

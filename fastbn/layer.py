@@ -7,17 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ._core import check
-from ._core.dispatch import kernels
-from .norm import (
-    Moments,
-    Saved,
-    batch_norm_backward,
-    batch_norm_infer,
-    batch_norm_train,
-    relu_mask,
-    scale_and_shift,
-)
+from ._core import check, layout
+from .norm import Moments, Saved, batch_norm_backward, batch_norm_train, infer, scale_and_shift
 
 __all__ = ["BatchNorm"]
 
@@ -147,11 +138,10 @@ class BatchNorm:
                 self._move(saved)
         else:
             mean, var = self.running_mean.astype(np.float64), self.running_var.astype(np.float64)
-            y = batch_norm_infer(
-                x, mean, var, self.gamma, self.beta, axis=axis, eps=self.eps, activation=self.activation,
-                residual=residual, out=out, num_threads=num_threads,
-            )  # fmt: skip
-            saved = self._frozen(x, y, axis, mean, var, residual is not None)
+            y, bits = infer(
+                x, mean, var, self.gamma, self.beta, axis, self.eps, self.activation, residual, out, num_threads, True
+            )
+            saved = self._frozen(x, y, axis, mean, var, residual is not None, bits)
         self._saved = saved
         return y
 
@@ -168,8 +158,9 @@ class BatchNorm:
         self.num_batches_tracked += 1
 
     def _frozen(
-        self, x: np.ndarray, y: np.ndarray, axis: int, mean: np.ndarray, var: np.ndarray, has_residual: bool
-    ) -> Saved:
+        self, x: np.ndarray, y: np.ndarray, axis: int, mean: np.ndarray, var: np.ndarray, has_residual: bool,
+        bits: layout.Bits | None,
+    ) -> Saved:  # fmt: skip
         """Return what backward needs after a call with given statistics."""
         c, relu = self.num_features, self.activation == "relu"
         overwritten = check.same_memory(x, y)
@@ -177,7 +168,7 @@ class BatchNorm:
             None if overwritten else x, axis, mean, var, 1 / np.sqrt(var + self.eps), x.size // c,
             check.channels("gamma", self.gamma, c), check.channels("beta", self.beta, c),
             check.real(x.dtype) if self.gamma is None else self.gamma.dtype, relu=relu, has_residual=has_residual,
-            mask=relu_mask(y) if relu and has_residual else None, frozen=True,
+            bits=bits, frozen=True,
         )  # fmt: skip
 
     def backward(self, dy: Any, *, out: np.ndarray | None = None, num_threads: int | None = None) -> np.ndarray:
@@ -201,7 +192,7 @@ class BatchNorm:
         """
         mean, var = self._running("to_affine")
         var64 = var.astype(np.float64)
-        check.positive_variance(var64, self.eps, kernels.first_not_positive(var64, self.eps))
+        check.positive_variance(var64, self.eps)
         gamma, beta = (None if p is None else p.astype(np.float64) for p in (self.gamma, self.beta))
         return scale_and_shift(mean, var, gamma, beta, self.eps)
 

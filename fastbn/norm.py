@@ -25,21 +25,21 @@ class Saved:
     """
 
     __slots__ = (
-        "axis", "beta", "count", "frozen", "gamma", "has_residual", "mask", "mean", "param_dtype", "relu", "rstd",
+        "axis", "beta", "bits", "count", "frozen", "gamma", "has_residual", "mean", "param_dtype", "relu", "rstd",
         "var", "x",
     )  # fmt: skip
 
     def __init__(
         self, x: np.ndarray | None, axis: int, mean: np.ndarray, var: np.ndarray, rstd: np.ndarray, count: int,
-        gamma: np.ndarray | None, beta: np.ndarray | None, param_dtype: np.dtype, *, relu: bool = False,
-        has_residual: bool = False, mask: np.ndarray | None = None, frozen: bool = False,
+        gamma: np.ndarray | None, beta: np.ndarray | None, param_dtype: np.dtype, relu: bool = False,
+        has_residual: bool = False, bits: layout.Bits | None = None, frozen: bool = False,
     ) -> None:  # fmt: skip
         self.x = x  # None: overwritten by the output
         self.axis = axis
         self.mean, self.var, self.rstd, self.count = mean, var, rstd, count
         self.gamma, self.beta, self.param_dtype = gamma, beta, param_dtype
         self.relu, self.has_residual, self.frozen = relu, has_residual, frozen
-        self.mask = mask  # bits of y > 0 or NaN, in C order; only with ReLU and a residual
+        self.bits = bits  # whether the gradient passes (y > 0, or NaN); only with ReLU and a residual
 
     def __repr__(self) -> str:
         return f"Saved(channels={len(self.mean)}, count={self.count})"
@@ -63,12 +63,6 @@ def scale_and_shift(
         scale = gamma * scale
     shift = -scale * np.asarray(mean, np.float64)
     return scale, shift if beta is None else beta + shift
-
-
-def relu_mask(y: np.ndarray) -> np.ndarray:
-    """Return one bit per element in C order: whether the gradient passes ReLU there (y > 0, or NaN)."""
-    with np.errstate(invalid="ignore"):  # bfloat16's comparison warns of NaN
-        return np.packbits(~(y <= 0))
 
 
 def _param_dtype(gamma: Any, x: np.ndarray) -> np.dtype:
@@ -153,22 +147,24 @@ def batch_norm_train(
     count = x_in.size // c if c else 0
     if x_in.size == 0:
         nothing = np.zeros(c)
-        saved = Saved(x_in, ch, nothing, nothing, nothing, 0, gamma64, beta64, _param_dtype(gamma, x_in),
-                      relu=relu, has_residual=residual is not None)  # fmt: skip
+        saved = Saved(
+            x_in, ch, nothing, nothing, nothing, 0, gamma64, beta64, _param_dtype(gamma, x_in), relu,
+            residual is not None,
+        )  # fmt: skip
         return (layout.empty_like(x_in) if out is None else out), saved
     check.enough_values(count, shape)
 
     y = layout.empty_like(x_in) if out is None else out
     mean, var, rstd = np.empty(c), np.empty(c), np.empty(c)
-    (x_view, residual_view), y_view, copied = layout.arrange(ch, (x_in, residual), y)
-    kernels.forward(x_view, residual_view, y_view, gamma64, beta64, eps, mean, var, rstd, relu, threads)
+    has_residual = residual is not None
+    bits = layout.Bits() if relu and has_residual else None
+    (x_view, residual_view), y_view, copied, marks = layout.arrange(ch, (x_in, residual), y, bits)
+    kernels.forward(x_view, residual_view, y_view, gamma64, beta64, eps, mean, var, rstd, relu, marks, threads)
     if copied is not None:
         y[...] = copied
-    mask = relu_mask(y) if relu and residual is not None else None
     kept = None if out is not None and check.shares_memory(out, x_in) else x_in
-    saved = Saved(kept, ch, mean, var, rstd, count, gamma64, beta64, _param_dtype(gamma, x_in), relu=relu,
-                  has_residual=residual is not None, mask=mask)  # fmt: skip
-    return y, saved
+    param_dtype = _param_dtype(gamma, x_in)
+    return y, Saved(kept, ch, mean, var, rstd, count, gamma64, beta64, param_dtype, relu, has_residual, bits)
 
 
 def batch_norm_infer(
@@ -213,13 +209,21 @@ def batch_norm_infer(
     >>> fastbn.batch_norm_infer(np.array([[1.0, 10.0]]), mean=[0.0, 8.0], var=[1.0, 4.0], eps=0.0)
     array([[1., 1.]])
     """
+    return infer(x, mean, var, gamma, beta, axis, eps, activation, residual, out, num_threads)[0]
+
+
+def infer(
+    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, activation: str | None, residual: Any,
+    out: np.ndarray | None, num_threads: int | None, keep_bits: bool = False,
+) -> tuple[np.ndarray, layout.Bits | None]:  # fmt: skip
+    """Return :func:`batch_norm_infer`'s y and, if wanted, the bits that a backward pass through ReLU needs."""
     x_in = check.array("x", x)
     ch = check.axis(axis, x_in.ndim)
     shape, c = x_in.shape, x_in.shape[ch]
     mean64, var64 = check.given_channels("mean", mean, c), check.given_channels("var", var, c)
     gamma64, beta64 = check.channels("gamma", gamma, c), check.channels("beta", beta, c)
     eps = check.inference_eps(eps)
-    check.positive_variance(var64, eps, kernels.first_not_positive(var64, eps))
+    check.positive_variance(var64, eps)
     relu = check.activation(activation)
     given = residual
     if residual is not None:
@@ -230,13 +234,14 @@ def batch_norm_infer(
     threads = budget(x_in.size, num_threads)
     y = layout.empty_like(x_in) if out is None else out
     if x_in.size == 0:
-        return y
+        return y, None
 
-    (x_view, residual_view), y_view, copied = layout.arrange(ch, (x_in, residual), y)
-    kernels.normalize(x_view, residual_view, y_view, gamma64, beta64, eps, mean64, var64, relu, threads)
+    bits = layout.Bits() if keep_bits and relu and residual is not None else None
+    (x_view, residual_view), y_view, copied, marks = layout.arrange(ch, (x_in, residual), y, bits)
+    kernels.normalize(x_view, residual_view, y_view, gamma64, beta64, eps, mean64, var64, relu, marks, threads)
     if copied is not None:
         y[...] = copied
-    return y
+    return y, bits
 
 
 def batch_norm_backward(
@@ -294,19 +299,26 @@ def batch_norm_backward(
         dx = layout.empty_like(x) if out is None else out
         return Gradients(dx, zero, zero.copy(), dx.copy() if saved.has_residual else None)
 
-    dresidual = None
-    if saved.mask is not None:
-        keep = np.unpackbits(saved.mask, count=x.size).reshape(x.shape).view(bool)
-        dresidual = np.where(keep, dy_in, np.zeros((), x.dtype))
-    elif saved.has_residual:
-        dresidual = dy_in.copy()
-    incoming = dy_in if saved.mask is None else dresidual
     dx = layout.empty_like(x) if out is None else out
     dgamma, dbeta = np.empty(c), np.empty(c)
-    (dy_view, x_view), dx_view, copied = layout.arrange(saved.axis, (incoming, x), dx)
+    dresidual = marks = masked = copied = views = None
+    incoming = dy_in
+    if saved.bits is not None:
+        dresidual = layout.empty_like(x)
+        views = layout.plan(saved.axis, dy_in, x, dx, dresidual, saved.bits.view()) if dx.flags.aligned else None
+        if views is None:
+            dresidual[...] = np.where(saved.bits.read(), dy_in, np.zeros((), x.dtype))
+            incoming = dresidual
+        else:
+            dy_view, x_view, dx_view, masked, marks = views
+            marks = saved.bits.memory, marks
+    elif saved.has_residual:
+        dresidual = dy_in.copy(order="K")
+    if views is None:
+        (dy_view, x_view), dx_view, copied, _ = layout.arrange(saved.axis, (incoming, x), dx)
     kernels.backward(
         dy_view, x_view, dx_view, saved.gamma, saved.beta, saved.mean, saved.rstd, dgamma, dbeta,
-        saved.relu and saved.mask is None, saved.frozen, threads,
+        saved.relu and saved.bits is None, saved.frozen, marks, masked, threads,
     )  # fmt: skip
     if copied is not None:
         dx[...] = copied

@@ -238,7 +238,7 @@ def calls_with_output(draw):
 def test_arrange_gives_inputs_an_output_and_copies_only_without_views(call):
     axis, arrays, out = call
     before = [fill(array, 1000 * k) for k, array in enumerate(arrays)]
-    (*views,), view, copied = layout.arrange(axis, tuple(arrays), out)
+    (*views,), view, copied, _ = layout.arrange(axis, tuple(arrays), out)
     assert_canonical([*views, view])
     assert (copied is None) == (layout.plan(axis, *arrays, out) is not None)
     target = out if copied is None else copied
@@ -268,7 +268,7 @@ def fill(array, start):
 def test_arrange_keeps_a_missing_input_missing():
     x = np.empty((2, 3, 4, 10), F4)
     for array in (x, x[..., ::2]):
-        (x_view, residual), _, _ = layout.arrange(1, (array, None), layout.empty_like(array))
+        (x_view, residual), _, _, _ = layout.arrange(1, (array, None), layout.empty_like(array))
         assert residual is None
         assert x_view.shape == (2, 3, array[0, 0].size)
 
@@ -282,7 +282,7 @@ def misaligned(shape, dtype):
 
 def test_a_misaligned_output_is_never_handed_to_a_kernel():
     x, out = np.arange(24, dtype=F4).reshape(2, 3, 4), misaligned((2, 3, 4), np.dtype(F4))
-    (x_view,), view, copied = layout.arrange(1, (x,), out)
+    (x_view,), view, copied, _ = layout.arrange(1, (x,), out)
     assert copied is not None
     assert view.flags.aligned
     assert x_view.flags.aligned

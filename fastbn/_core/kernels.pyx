@@ -10,12 +10,10 @@ Blocks are fixed by the shape alone and merged in their order, so the number of 
 Nothing here raises; inside a parallel region nothing allocates or takes the GIL.
 """
 
-import numpy as np
-
 cimport numpy as cnp
-from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport sqrt
+from cython.parallel cimport prange
 
+from . import layout
 from .caches import L2, L3
 
 cnp.import_array()
@@ -38,7 +36,7 @@ cdef extern from "spans.h" nogil:
                            double* m2) noexcept nogil
         void (*normalize)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride,
                           char* y, Py_ssize_t y_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
-                          Py_ssize_t pitch, int varying, int relu, int stream) noexcept nogil
+                          Py_ssize_t pitch, Py_ssize_t ahead, int varying, int relu, int stream) noexcept nogil
         void (*reduce_ncs)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
                            Py_ssize_t x_stride, Py_ssize_t len, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
                            double mean, const void* parameters, double* sum, double* product,
@@ -50,12 +48,21 @@ cdef extern from "spans.h" nogil:
                           int relu) noexcept nogil
         void (*backward)(const char* dy, Py_ssize_t dy_stride, const char* x, Py_ssize_t x_stride, char* dx,
                          Py_ssize_t dx_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
-                         Py_ssize_t pitch, int varying, int relu, int frozen, int stream) noexcept nogil
+                         Py_ssize_t pitch, Py_ssize_t ahead, int varying, int relu, int frozen,
+                         int stream) noexcept nogil
+        void (*join)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride, char* y,
+                     Py_ssize_t y_stride, cnp.uint8_t* bits, Py_ssize_t bit, Py_ssize_t bit_stride, Py_ssize_t rows,
+                     Py_ssize_t n, const void* parameters, Py_ssize_t pitch, Py_ssize_t ahead, int varying,
+                     int stream) noexcept nogil
+        void (*mask)(const char* dy, Py_ssize_t dy_stride, const cnp.uint8_t* bits, Py_ssize_t bit,
+                     Py_ssize_t bit_stride, char* out, Py_ssize_t out_stride, Py_ssize_t rows, Py_ssize_t n,
+                     Py_ssize_t ahead) noexcept nogil
 
     const span_table* spans_of(Py_ssize_t itemsize, int is_numpy_half)
     void merge_moments(Py_ssize_t c, double n_a, double* mean_a, double* m2_a, double n_b, const double* mean_b,
                        const double* m2_b)
     void finish_moments(Py_ssize_t c, double count, double eps, const double* m2, double* var, double* rstd)
+    void invert_deviations(Py_ssize_t c, double eps, const double* var, double* rstd)
     void stream_fence()
     void copy_span(const char* source, char* target, Py_ssize_t size, int stream)
 
@@ -65,8 +72,10 @@ cdef enum:
     BLOCK_RC = 131072   # at most, and
     BLOCK_LEAST = 16384  # at least; between them an eighth of the array, so that there is work for several threads
     SIDE_BY_SIDE = 256  # short rows are summed side by side until they are this wide
-    SHORT_RUN = 256     # runs up to this length are summed as columns of layout rc
-    COLUMNS = 1024      # of layout rc that one task takes, so that their sums and parameters stay in L1
+    COLUMNS = 1024      # of layout rc that one task takes at most, so that their sums and parameters stay in L1
+    TALL = 128          # rows that a block of layout rc has at least, where that leaves it LINE columns
+
+cdef Py_ssize_t SHORT_RUN = layout.SHORT_RUN
 
 # Not part of it
 cdef Py_ssize_t L2_BYTES = L2
@@ -76,16 +85,16 @@ cdef Py_ssize_t L3_BYTES = L3
 # ---- arrays and geometry -----------------------------------------------------------------------------------------
 
 cdef struct View:
-    # ncs: (n, c, s) · rc: (n, c), s = 1 · strides in bytes · data NULL: there is no such array
+    # ncs: (n, c, s) · rc: (n, c), s = 1 · data NULL: there is no such array
     char* data
-    Py_ssize_t n, c, s, n_stride, c_stride
+    Py_ssize_t n, c, s, n_stride, c_stride, item  # strides and item in bytes, of `bits` in bits
 
 
 cdef View view_of(object array) noexcept:
     cdef View v
     cdef cnp.ndarray a
     v.data = NULL
-    v.n = v.c = v.s = v.n_stride = v.c_stride = 0
+    v.n = v.c = v.s = v.n_stride = v.c_stride = v.item = 0
     if array is None:
         return v
     a = array
@@ -95,6 +104,7 @@ cdef View view_of(object array) noexcept:
     v.s = cnp.PyArray_DIM(a, 2) if cnp.PyArray_NDIM(a) == 3 else 1
     v.n_stride = cnp.PyArray_STRIDE(a, 0)
     v.c_stride = cnp.PyArray_STRIDE(a, 1)
+    v.item = cnp.PyArray_ITEMSIZE(a)
     return v
 
 
@@ -107,6 +117,9 @@ cdef struct Job:
     # one call: its arrays, how they are cut, its vectors and its scratch
     const span_table* spans
     View x, residual, dy, out    # out: y or dx
+    View bits                    # of ReLU after a residual, and
+    cnp.uint8_t* memory          # where they are
+    View incoming                # with bits, what dy is made of
     int by_columns               # or by runs
     Py_ssize_t block_rows        # rows of a block
     Py_ssize_t pieces, piece     # by runs: one longer than a block is cut into pieces of this length
@@ -131,8 +144,10 @@ cdef struct Job:
     Py_ssize_t wide
     char* parameters             # (PARAMETERS, pitch) of each channel by runs, of each thread by columns
     Py_ssize_t pitch
+    Py_ssize_t* prepared         # by columns: the tile whose parameters each thread has, or -1
     # how
     int relu, frozen, stream, prefetch, threads
+    Py_ssize_t ahead             # bytes
 
 
 cdef struct Block:
@@ -148,10 +163,9 @@ cdef inline Block block_of(const Job* job, Py_ssize_t b) noexcept nogil:
     return block
 
 
-cdef inline char* element(const Job* job, const View* v, Py_ssize_t i, Py_ssize_t ch,
-                          Py_ssize_t j) noexcept nogil:
+cdef inline char* element(const View* v, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j) noexcept nogil:
     # address of element (i, ch, j); NULL where there is no such array
-    return NULL if v.data == NULL else v.data + i * v.n_stride + ch * v.c_stride + j * job.spans.itemsize
+    return NULL if v.data == NULL else v.data + i * v.n_stride + ch * v.c_stride + j * v.item
 
 
 cdef inline Py_ssize_t channels_of(const Job* job, Py_ssize_t tile) noexcept nogil:
@@ -181,10 +195,15 @@ cdef void cut_runs(Job* job) noexcept nogil:
     job.block_rows = max(1, BLOCK_NCS // job.x.s)
 
 
+import os
+cdef Py_ssize_t COLUMNS_ = int(os.environ.get("COLS","1024"))
+cdef Py_ssize_t TALL_ = int(os.environ.get("TALL","128"))
+
+
 cdef void cut_columns(Job* job) noexcept nogil:
-    # A tile is a whole number of cache lines, where that does not make it much too wide.
+    # A tile is a whole number of cache lines, or at least of bytes of bits where that would make it much too wide.
     cdef Py_ssize_t s = job.x.s, c = job.x.c
-    cdef Py_ssize_t even = LANES, block
+    cdef Py_ssize_t even = LANES, block, columns
     while s % 2 == 0 and even > 1:
         s //= 2
         even //= 2
@@ -194,9 +213,10 @@ cdef void cut_columns(Job* job) noexcept nogil:
     job.piece = s
     job.side = max(1, min(SIDE_BY_SIDE // (c * s), job.x.n))
     if even * s > 2 * COLUMNS:
-        even = 1
-    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, COLUMNS)), even) * even
+        even = min(even, 8)
     block = min(max(job.x.n * c * s // 8, <Py_ssize_t> BLOCK_LEAST), <Py_ssize_t> BLOCK_RC)
+    columns = min(max(block // min(TALL_, job.x.n), <Py_ssize_t> LINE), COLUMNS_)
+    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, columns)), even) * even
     job.block_rows = max(ROW_GROUP, block // (job.side * min(c, job.tile) * s)) * job.side
 
 
@@ -204,10 +224,11 @@ cdef object lay_out(Job* job, object x, int threads):
     # Fill in x, its geometry and the scratch; returns the owner of the scratch. Blocks depend on the shape alone.
     cdef cnp.ndarray array = x
     cdef cnp.ndarray memory
-    cdef Py_ssize_t columns = 0, partial
+    cdef Py_ssize_t columns = 0, partial, i
+    cdef cnp.npy_intp length
     job.spans = spans_of(cnp.PyArray_ITEMSIZE(array), cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16)
     job.x = view_of(x)
-    job.residual = job.dy = job.out = view_of(None)
+    job.residual = job.dy = job.out = job.bits = job.incoming = view_of(None)
     job.relu = job.frozen = job.stream = job.prefetch = False
     if cnp.PyArray_NDIM(array) == 2 or (job.x.s <= SHORT_RUN and job.x.n >= ROW_GROUP and job.x.c > 1):
         cut_columns(job)
@@ -220,23 +241,34 @@ cdef object lay_out(Job* job, object x, int threads):
     job.wide = ceil_div(columns, LANES) * LANES + LANES if job.by_columns else 0
     job.pitch = job.wide + 4 * LANES if job.by_columns else 1
     partial = job.blocks * job.x.c
-    memory = np.empty(2 * partial + 2 * job.x.c + 3 * threads * job.wide
-                      + (threads if job.by_columns else job.x.c) * PARAMETERS * job.pitch)
+    length = (2 * partial + 2 * job.x.c + 3 * threads * job.wide + threads
+              + (threads if job.by_columns else job.x.c) * PARAMETERS * job.pitch)
+    memory = cnp.PyArray_EMPTY(1, &length, cnp.NPY_DOUBLE, 0)
     job.first = <double*> cnp.PyArray_DATA(memory)
     job.second = job.first + partial
     job.dbeta_mean = job.second + partial
     job.dgamma_mean = job.dbeta_mean + job.x.c
     job.work = job.dgamma_mean + job.x.c
-    job.parameters = <char*> (job.work + threads * 3 * job.wide)
+    job.prepared = <Py_ssize_t*> (job.work + threads * 3 * job.wide)
+    job.parameters = <char*> (job.prepared + threads)
+    for i in range(threads):
+        job.prepared[i] = -1
     return memory
 
 
 cdef inline int is_dense(const Job* job, const View* v) noexcept nogil:
-    return v.data == NULL or v.c_stride == job.x.s * job.spans.itemsize
+    return v.data == NULL or v.c_stride == job.x.s * v.item
 
 
 cdef inline int is_contiguous(const Job* job, const View* v) noexcept nogil:
-    return v.data == NULL or (is_dense(job, v) and v.n_stride == job.x.c * job.x.s * job.spans.itemsize)
+    return v.data == NULL or (is_dense(job, v) and v.n_stride == job.x.c * job.x.s * v.item)
+
+
+import os
+cdef Py_ssize_t AHEAD = int(os.environ.get("AHEAD", "4096"))
+cdef Py_ssize_t AHEADR = int(os.environ.get("AHEADR", "4096"))
+cdef void import_ahead(Job* job) noexcept nogil:
+    job.ahead = AHEAD if job.by_columns else AHEADR
 
 
 cdef void choose_paths(Job* job) noexcept nogil:
@@ -247,14 +279,20 @@ cdef void choose_paths(Job* job) noexcept nogil:
     cdef Py_ssize_t run = job.x.s * job.spans.itemsize * (job.tile if job.by_columns else 1)
     cdef Py_ssize_t channel = job.x.n * job.x.s * job.spans.itemsize * (2 if job.dy.data != NULL else 1)
     job.stream = (2 * size > L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
+                  and job.out.data != job.incoming.data
                   and (run >= 4096 or run % LINE == 0 or job.x.s == 1))
     job.prefetch = not job.by_columns and channel <= L2_BYTES
+    import_ahead(job)
 
 
 cdef void prepare(const Job* job, Py_ssize_t tile, int backward, int thread) noexcept nogil:
     # Parameters of the element-wise spans for the channels of a tile
     cdef Py_ssize_t ch = tile * job.tile, channels = channels_of(job, tile)
     cdef char* parameters = parameters_of(job, tile, thread)
+    if job.by_columns:
+        if job.prepared[thread] == 2 * tile + backward:
+            return
+        job.prepared[thread] = 2 * tile + backward
     job.spans.prepare(channels, job.mean + ch, job.rstd + ch, NULL if job.gamma == NULL else job.gamma + ch,
                       NULL if job.beta == NULL else job.beta + ch, job.dbeta_mean + ch if backward else NULL,
                       job.dgamma_mean + ch if backward else NULL, parameters, job.pitch)
@@ -268,7 +306,7 @@ cdef void moments_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int threa
     cdef Block block = block_of(job, b)
     cdef Py_ssize_t ch = tile * job.tile
     cdef Py_ssize_t ahead = job.x.c_stride if job.prefetch and ch + 1 < job.x.c else 0
-    cdef const char* x = element(job, &job.x, block.row, ch, block.start)
+    cdef const char* x = element(&job.x, block.row, ch, block.start)
     cdef double* mean = job.first + b * job.x.c + ch
     cdef double* m2 = job.second + b * job.x.c + ch
     if job.by_columns:
@@ -282,8 +320,8 @@ cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread
     cdef Block block = block_of(job, b)
     cdef Py_ssize_t ch = tile * job.tile
     cdef Py_ssize_t ahead = job.x.c_stride if job.prefetch and ch + 1 < job.x.c else 0
-    cdef const char* x = element(job, &job.x, block.row, ch, block.start)
-    cdef const char* dy = element(job, &job.dy, block.row, ch, block.start)
+    cdef const char* x = element(&job.x, block.row, ch, block.start)
+    cdef const char* dy = element(&job.dy, block.row, ch, block.start)
     cdef double* sum = job.first + b * job.x.c + ch
     cdef double* product = job.second + b * job.x.c + ch
     cdef char* parameters = parameters_of(job, tile, thread)
@@ -301,37 +339,55 @@ cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread
 cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
                      Py_ssize_t len, const char* parameters) noexcept nogil:
     # The output, y, or dx where there is a dy, in `len` elements from (i, ch, j) on, of `rows` rows `step` apart
-    if job.dy.data == NULL:
-        job.spans.normalize(element(job, &job.x, i, ch, j), step * job.x.n_stride,
-                            element(job, &job.residual, i, ch, j), step * job.residual.n_stride,
-                            element(job, &job.out, i, ch, j), step * job.out.n_stride, rows, len, parameters,
-                            job.pitch, job.by_columns, job.relu, job.stream)
+    cdef Py_ssize_t bit
+    if job.dy.data != NULL:
+        job.spans.backward(element(&job.dy, i, ch, j), step * job.dy.n_stride, element(&job.x, i, ch, j),
+                           step * job.x.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, rows, len,
+                           parameters, job.pitch, job.ahead, job.by_columns, job.relu, job.frozen, job.stream)
+    elif job.bits.data != NULL:
+        bit = element(&job.bits, i, ch, j) - <char*> job.memory
+        job.spans.join(element(&job.x, i, ch, j), step * job.x.n_stride, element(&job.residual, i, ch, j),
+                       step * job.residual.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, job.memory,
+                       bit, step * job.bits.n_stride, rows, len, parameters, job.pitch, job.ahead, job.by_columns,
+                       job.stream)
     else:
-        job.spans.backward(element(job, &job.dy, i, ch, j), step * job.dy.n_stride,
-                           element(job, &job.x, i, ch, j), step * job.x.n_stride,
-                           element(job, &job.out, i, ch, j), step * job.out.n_stride, rows, len, parameters,
-                           job.pitch, job.by_columns, job.relu, job.frozen, job.stream)
+        job.spans.normalize(element(&job.x, i, ch, j), step * job.x.n_stride, element(&job.residual, i, ch, j),
+                            step * job.residual.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, rows,
+                            len, parameters, job.pitch, job.ahead, job.by_columns, job.relu, job.stream)
 
 
-cdef void write_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
-    # The output of a block, with the parameters of this thread: in rows as long as the arrays allow
+cdef void mask_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
+                    Py_ssize_t len, const char* parameters) noexcept nogil:
+    # dy, from what came in and the bits
+    job.spans.mask(element(&job.incoming, i, ch, j), step * job.incoming.n_stride, job.memory,
+                   element(&job.bits, i, ch, j) - <char*> job.memory, step * job.bits.n_stride,
+                   element(&job.dy, i, ch, j), step * job.dy.n_stride, rows, len, job.ahead)
+
+
+ctypedef void (*rows_function)(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows,
+                               Py_ssize_t step, Py_ssize_t len, const char* parameters) noexcept nogil
+
+
+cdef void each_row(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread, rows_function rows) noexcept nogil:
+    # A block of a tile, with the parameters of this thread, in rows as long as the arrays allow
     cdef Block block = block_of(job, b)
     cdef Py_ssize_t ch = tile * job.tile, channels = channels_of(job, tile), s = job.x.s
     cdef Py_ssize_t i = block.row, end = block.row + block.rows, q
     cdef char* parameters = parameters_of(job, tile, thread)
     if not job.by_columns:
-        write_rows(job, i, ch, block.start, block.rows, 1, block.len, parameters)
+        rows(job, i, ch, block.start, block.rows, 1, block.len, parameters)
         return
     if (job.side > 1 and is_contiguous(job, &job.x) and is_contiguous(job, &job.out)
-            and is_contiguous(job, &job.residual) and is_contiguous(job, &job.dy)):
-        write_rows(job, i, 0, 0, block.rows // job.side, job.side, job.side * channels * s, parameters)
+            and is_contiguous(job, &job.residual) and is_contiguous(job, &job.dy) and is_contiguous(job, &job.bits)
+            and is_contiguous(job, &job.incoming)):
+        rows(job, i, 0, 0, block.rows // job.side, job.side, job.side * channels * s, parameters)
         i += block.rows // job.side * job.side
-    if (is_dense(job, &job.x) and is_dense(job, &job.out) and is_dense(job, &job.residual)
-            and is_dense(job, &job.dy)):
-        write_rows(job, i, ch, 0, end - i, 1, channels * s, parameters)
+    if (is_dense(job, &job.x) and is_dense(job, &job.out) and is_dense(job, &job.residual) and is_dense(job, &job.dy)
+            and is_dense(job, &job.bits) and is_dense(job, &job.incoming)):
+        rows(job, i, ch, 0, end - i, 1, channels * s, parameters)
     else:
         for q in range(channels):
-            write_rows(job, i, ch + q, 0, end - i, 1, s, parameters + q * s * job.spans.real_size)
+            rows(job, i, ch + q, 0, end - i, 1, s, parameters + q * s * job.spans.real_size)
 
 
 # ---- from blocks to channels -------------------------------------------------------------------------------------
@@ -384,8 +440,10 @@ cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcep
 cdef void sum_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
     if job.dy.data == NULL:
         moments_block(job, b, tile, thread)
-    else:
-        reduce_block(job, b, tile, thread)
+        return
+    if job.incoming.data != NULL:
+        each_row(job, b, tile, thread, mask_rows)
+    reduce_block(job, b, tile, thread)
 
 
 cdef void finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
@@ -397,6 +455,27 @@ cdef void finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels) no
 
 # ---- all of it ---------------------------------------------------------------------------------------------------
 
+ctypedef void (*task_function)(const Job* job, Py_ssize_t task, int thread) noexcept nogil
+
+
+cdef void take(const Job* job, task_function function, Py_ssize_t tasks, bint backwards, int thread) noexcept nogil:
+    # The share of one thread in the tasks
+    cdef Py_ssize_t first = tasks * thread // job.threads, end = tasks * (thread + 1) // job.threads, t
+    for t in range(first, end):
+        function(job, first + end - 1 - t if backwards else t, thread)
+    stream_fence()
+
+
+cdef void share_out(const Job* job, task_function function, Py_ssize_t tasks, bint backwards) noexcept nogil:
+    # Thread k takes the k-th part, whichever pass it is, for its cache holds what it read. One thread needs no OpenMP.
+    cdef int thread
+    if job.threads == 1:
+        take(job, function, tasks, backwards, 0)
+        return
+    for thread in prange(job.threads, num_threads=job.threads, schedule="static"):
+        take(job, function, tasks, backwards, thread)
+
+
 cdef void whole_tile(const Job* job, Py_ssize_t tile, int thread) noexcept nogil:
     # Every pass over one tile while it is in cache; what was read last is written first.
     cdef Py_ssize_t b
@@ -407,75 +486,58 @@ cdef void whole_tile(const Job* job, Py_ssize_t tile, int thread) noexcept nogil
         return
     prepare(job, tile, job.dy.data != NULL, thread)
     for b in range(job.blocks - 1, -1, -1):
-        write_block(job, b, tile, thread)
+        each_row(job, b, tile, thread, write_rows)
 
 
 cdef int tile_by_tile(const Job* job) noexcept nogil:
     # One thread takes a tile through all its passes, where tiles are small enough to stay in cache, and enough.
-    return ((not job.by_columns or job.blocks == 1)
+    cdef Py_ssize_t tile = job.x.n * job.tile * job.x.s * job.spans.itemsize * (2 if job.dy.data != NULL else 1)
+    return ((not job.by_columns or job.blocks == 1 or tile <= L2_BYTES // 2)
             and (job.tiles % job.threads == 0 or job.tiles >= 8 * job.threads))
 
 
-cdef void sum_all(const Job* job) noexcept nogil:
-    cdef Py_ssize_t t
-    for t in prange(job.blocks * job.tiles, num_threads=job.threads, schedule="static"):
-        # by runs, the blocks of a channel follow each other; by columns, the tiles of a block
-        if job.by_columns:
-            sum_block(job, t // job.tiles, t % job.tiles, threadid())
-        else:
-            sum_block(job, t % job.blocks, t // job.blocks, threadid())
-    finish_channels(job, 0, job.x.c)
+cdef void sum_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
+    # By runs, the blocks of a channel follow each other; by columns, the tiles of a block
+    if job.by_columns:
+        sum_block(job, t // job.tiles, t % job.tiles, thread)
+    else:
+        sum_block(job, t % job.blocks, t // job.blocks, thread)
 
 
 cdef void write_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
-    # By columns, a block of a tile, backwards, since the end was read last; by runs, one piece, in the order of memory
-    cdef Py_ssize_t left = job.blocks * job.tiles - 1 - t
+    # By columns, a block of a tile; by runs, one piece, in the order of memory
     cdef Py_ssize_t start = t % job.pieces * job.piece
     cdef Py_ssize_t run = t // job.pieces
     if job.by_columns:
-        prepare(job, left % job.tiles, job.dy.data != NULL, thread)
-        write_block(job, left // job.tiles, left % job.tiles, thread)
+        prepare(job, t % job.tiles, job.dy.data != NULL, thread)
+        each_row(job, t // job.tiles, t % job.tiles, thread, write_rows)
     else:
         write_rows(job, run // job.x.c, run % job.x.c, start, 1, 1, min(job.piece, job.x.s - start),
                    parameters_of(job, run % job.x.c, thread))
 
 
 cdef void write_all(const Job* job) noexcept nogil:
-    cdef Py_ssize_t t
-    cdef Py_ssize_t tasks = job.blocks * job.tiles if job.by_columns else job.x.n * job.x.c * job.pieces
-    if not job.by_columns:
-        for t in range(job.tiles):
-            prepare(job, t, job.dy.data != NULL, 0)
-    with parallel(num_threads=job.threads):
-        for t in prange(tasks, schedule="static"):
-            write_task(job, t, threadid())
-        stream_fence()
+    # By columns backwards, since the end was read last
+    cdef Py_ssize_t tile
+    if job.by_columns:
+        share_out(job, write_task, job.blocks * job.tiles, True)
+        return
+    for tile in range(job.tiles):
+        prepare(job, tile, job.dy.data != NULL, 0)
+    share_out(job, write_task, job.x.n * job.x.c * job.pieces, False)
 
 
 cdef void sum_and_write(const Job* job) noexcept nogil:
-    cdef Py_ssize_t tile
     if tile_by_tile(job):
-        with parallel(num_threads=job.threads):
-            for tile in prange(job.tiles, schedule="static"):
-                whole_tile(job, tile, threadid())
-            stream_fence()
-    else:
-        sum_all(job)
-        if job.out.data != NULL:
-            write_all(job)
+        share_out(job, whole_tile, job.tiles, False)
+        return
+    share_out(job, sum_task, job.blocks * job.tiles, False)
+    finish_channels(job, 0, job.x.c)
+    if job.out.data != NULL:
+        write_all(job)
 
 
 # ---- entries -----------------------------------------------------------------------------------------------------
-
-def first_not_positive(var, double eps):
-    """Return the first channel with var + eps <= 0, or -1. NaN passes: it stays in its channel."""
-    cdef const double* v = vector(var)
-    cdef Py_ssize_t ch
-    for ch in range(cnp.PyArray_DIM(<cnp.ndarray> var, 0)):
-        if v[ch] + eps <= 0:
-            return ch
-    return -1
-
 
 def moments(x, mean, m2, int threads):
     """IN x · OUT mean, m2: float64 (c,)."""
@@ -489,10 +551,9 @@ def moments(x, mean, m2, int threads):
         sum_and_write(&job)
 
 
-def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, int threads):
-    """IN x, residual or None; gamma, beta or None, mean, var: float64 (c,) · OUT y, may be x."""
+def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, bits, int threads):
+    """IN x, residual or None; gamma, beta or None, mean, var: float64 (c,) · OUT y, may be x; bits or None."""
     cdef Job job
-    cdef Py_ssize_t ch
     _scratch = lay_out(&job, x, threads)
     job.residual = view_of(residual)
     job.out = view_of(y)
@@ -502,15 +563,25 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, int
     job.var = vector(var)
     job.rstd = job.dbeta_mean
     job.relu = relu
+    if bits is not None:
+        use_bits(&job, bits)
     with nogil:
         choose_paths(&job)
-        for ch in range(job.x.c):
-            job.rstd[ch] = 1 / sqrt(job.var[ch] + eps)
+        invert_deviations(job.x.c, eps, job.var, job.rstd)
         write_all(&job)
 
 
-def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu, int threads):
-    """IN x, residual or None, gamma, beta or None · OUT y, may be x; mean, var, rstd: float64 (c,)."""
+cdef void use_bits(Job* job, tuple bits) noexcept:
+    # bits: (memory, view) of layout.bits_like, the view canonical. Threads may share bytes where channels do not
+    # begin them: only a batch of fewer than ROW_GROUP short runs is laid out so.
+    job.memory = <cnp.uint8_t*> cnp.PyArray_DATA(<cnp.ndarray> bits[0])
+    job.bits = view_of(bits[1])
+    if not job.by_columns and job.bits.c_stride % 8 != 0:
+        job.threads = 1
+
+
+def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu, bits, int threads):
+    """IN x, residual or None, gamma, beta or None · OUT y, may be x; mean, var, rstd: float64 (c,); bits or None."""
     cdef Job job
     _scratch = lay_out(&job, x, threads)
     job.residual = view_of(residual)
@@ -522,13 +593,16 @@ def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu,
     job.var = vector(var)
     job.rstd = vector(rstd)
     job.relu = relu
+    if bits is not None:
+        use_bits(&job, bits)
     with nogil:
         choose_paths(&job)
         sum_and_write(&job)
 
 
-def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint frozen, int threads):
-    """IN dy, x; gamma, beta or None, mean, rstd: float64 (c,) · OUT dx, may be dy; dgamma, dbeta: float64 (c,)."""
+def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint frozen, bits, masked, int threads):
+    """IN dy, x; gamma, beta or None, mean, rstd: float64 (c,); bits or None · OUT dx, may be dy; dgamma, dbeta: float64
+    (c,); with bits, masked: dy where they are set, and zeros."""
     cdef Job job
     _scratch = lay_out(&job, x, threads)
     job.dy = view_of(dy)
@@ -541,19 +615,27 @@ def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint 
     job.dbeta = vector(dbeta)
     job.relu = relu
     job.frozen = frozen
+    if bits is not None:
+        use_bits(&job, bits)
+        job.incoming = job.dy
+        job.dy = view_of(masked)
     with nogil:
         choose_paths(&job)
         sum_and_write(&job)
 
 
+cdef void copy_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
+    cdef Py_ssize_t start = t * BLOCK_NCS
+    copy_span(job.x.data + start, job.out.data + start, min(<Py_ssize_t> BLOCK_NCS, job.x.n - start), job.stream)
+
+
 def copy(x, y, int threads):
     """IN x, contiguous bytes · OUT y, as many: a streaming copy, the yardstick of the benchmarks."""
-    cdef const char* source = <const char*> cnp.PyArray_DATA(<cnp.ndarray> x)
-    cdef char* target = <char*> cnp.PyArray_DATA(<cnp.ndarray> y)
-    cdef Py_ssize_t size = cnp.PyArray_NBYTES(<cnp.ndarray> y)
-    cdef Py_ssize_t piece = BLOCK_NCS * 4
-    cdef Py_ssize_t i
-    with nogil, parallel(num_threads=threads):
-        for i in prange(ceil_div(size, piece), schedule="static"):
-            copy_span(source + i * piece, target + i * piece, min(piece, size - i * piece), 2 * size > L3_BYTES)
-        stream_fence()
+    cdef Job job
+    job.x.data = <char*> cnp.PyArray_DATA(<cnp.ndarray> x)
+    job.out.data = <char*> cnp.PyArray_DATA(<cnp.ndarray> y)
+    job.x.n = cnp.PyArray_NBYTES(<cnp.ndarray> y)
+    job.stream = 2 * job.x.n > L3_BYTES
+    job.threads = threads
+    with nogil:
+        share_out(&job, copy_task, ceil_div(job.x.n, BLOCK_NCS), False)

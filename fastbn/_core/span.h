@@ -3,7 +3,7 @@
  * Included by spans.h once per dtype, with
  *   T        type in memory                        SUFFIX   ends every name
  *   R        type of the arithmetic                TO_REAL   vector of T -> vector of R, TO_MEMORY back
- *   RINT, RBITS  signed and unsigned integer of R's size
+ *   RINT, RBITS  signed and unsigned integer of R's size, TINT  signed of T's
  *   REAL_MAX largest finite R                      SHIFT_LIMIT (see moments_ncs)
  *   WIDEN    vector of R -> vector of float64
  * Statistics and reductions are summed in float64, element-wise results are computed in R.
@@ -23,6 +23,7 @@ typedef RINT FN(vpartmask) __attribute__((vector_size(WIDE * sizeof(R))));
 typedef RBITS FN(vbits) __attribute__((vector_size(VECTOR_BYTES)));
 typedef RBITS FN(vpartbits) __attribute__((vector_size(WIDE * sizeof(R))));
 typedef T FN(vmem) __attribute__((vector_size(VECTOR_BYTES / sizeof(R) * sizeof(T))));
+typedef TINT FN(vmemint) __attribute__((vector_size(VECTOR_BYTES / sizeof(R) * sizeof(T))));
 typedef T FN(vpartmem) __attribute__((vector_size(WIDE * sizeof(T))));
 #define VREAL FN(vreal)
 #define VPART FN(vpart)
@@ -129,7 +130,7 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
             for (int q = 0; q < PARTS; q++) {
                 vdouble d[4];
 #pragma GCC unroll 4
-                for (int g = 0; g < 4; g++) d[g] = WIDEN(FN(load_part)(p + i + g * LANES + q * WIDE)) - k;
+                for (int g = 0; g < 4; g++) d[g] = subtract(WIDEN(FN(load_part)(p + i + g * LANES + q * WIDE)), k);
                 t1[q] += (d[0] + d[1]) + (d[2] + d[3]);
                 t2[q] += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]);
             }
@@ -194,7 +195,7 @@ INLINE void FN(add_columns)(const char *x, ptrdiff_t stride, ptrdiff_t j, ptrdif
     for (int g = 0; g < group; g++) {
         const T *p = (const T *)(x + g * stride) + j;
         if (group > 1) __builtin_prefetch((const char *)p + group * stride, 0, 2);
-        d[g] = WIDEN(whole ? FN(load_part)(p) : FN(load_few)(p, left)) - k;
+        d[g] = subtract(WIDEN(whole ? FN(load_part)(p) : FN(load_few)(p, left)), k);
         e[g] = d[g] * d[g];
     }
     add_tree(d, group);
@@ -244,7 +245,7 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
     const ptrdiff_t w = c * s, run = s * (ptrdiff_t)sizeof(T), whole = rows / k, left = rows % k;
     const int dense = c_stride == run, together = dense && stride == w * (ptrdiff_t)sizeof(T);
     const ptrdiff_t width = together ? k * w : dense ? w : s;
-    int again = 0;
+    int again;
     ptrdiff_t begun = 0;
     if (s == 1 && dense && rows >= ROW_GROUP) /* as below, a register at a time */
         for (; begun + WIDE <= c; begun += WIDE) {
@@ -272,15 +273,10 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
         }
         FN(sum_columns)(s1, c, s, k);
         FN(sum_columns)(s2, c, s, k);
-        for (ptrdiff_t ch = 0; ch < c; ch++) {
-            const double shift = s1[ch] / count, lost = s1[ch] * shift, m = s2[ch] < lost ? 0 : s2[ch] - lost;
-            const int wanted = pass == 0 || m2[ch] < 0; /* the second pass is for the channels that were marked */
-            const int bad = pass == 0 && lost > SHIFT_LIMIT * m;
-            mean[ch] = wanted ? K[ch * s] + shift : mean[ch];
-            m2[ch] = bad ? -1 : wanted ? m : m2[ch];
-            again |= bad;
-        }
-        if (pass == 1 || !again) return;
+        again = pass ? repeat_moments(c, s, count, K, s1, s2, mean, m2)
+                     : s == 1 ? block_moments(c, 1, count, SHIFT_LIMIT, K, s1, s2, mean, m2)
+                              : block_moments(c, s, count, SHIFT_LIMIT, K, s1, s2, mean, m2);
+        if (!again) return;
         for (ptrdiff_t ch = 0; ch < c; ch++)
             for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = mean[ch];
     }
@@ -288,62 +284,143 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
 
 /* ---- forward --------------------------------------------------------------------------------------------- */
 
-INLINE VREAL FN(affine)(VREAL x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
-    const VREAL d = (x - FN(parameter)(p + HI * pitch, i, varying)) - FN(parameter)(p + LO * pitch, i, varying);
-    return d * FN(parameter)(p + SCALE * pitch, i, varying) + FN(parameter)(p + SHIFT * pitch, i, varying);
+/* What a vector of elements needs: of the one channel, or of the columns from i on */
+typedef struct {
+    VREAL hi, lo, scale, shift;
+} FN(forward_parameters);
+
+INLINE FN(forward_parameters) FN(load_forward)(const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
+    return (FN(forward_parameters)){
+        FN(parameter)(p + HI * pitch, i, varying), FN(parameter)(p + LO * pitch, i, varying),
+        FN(parameter)(p + SCALE * pitch, i, varying), FN(parameter)(p + SHIFT * pitch, i, varying)};
 }
 
 INLINE VREAL FN(rectify)(VREAL z) { return (VREAL)((FN(vmask))z & ~(z <= (VREAL){0})); } /* NaN stays NaN */
 
-/* One vector of y = act(affine(x) + residual) */
-INLINE VREAL FN(output)(const T *x, const T *residual, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying,
-                        const int relu) {
-    VREAL z = FN(affine)(FN(load)(x + i), p, pitch, i, varying);
-    if (residual) z += FN(load)(residual + i);
+/* One vector of y = act(((x - hi) - lo)·scale + shift + residual) */
+INLINE VREAL FN(output)(const T *x, const T *residual, FN(forward_parameters) p, const int add, const int relu) {
+    VREAL z = ((FN(load)(x) - p.hi) - p.lo) * p.scale + p.shift;
+    if (add) z += FN(load)(residual);
     return relu ? FN(rectify)(z) : z;
 }
 
-/* A span of the forward pass. The last vector overlaps the one before instead of a loop over single elements; it is
+/* One row of the forward pass. The last vector overlaps the one before instead of a loop over single elements; it is
  * computed before anything is stored, so y may be x. */
-INLINE void FN(normalize_body)(const T *x, const T *residual, T *y, ptrdiff_t n, const R *p, ptrdiff_t pitch,
-                               const int varying, const int relu, const int stream) {
+INLINE void FN(normalize_row)(const T *x, const T *residual, T *y, ptrdiff_t n, const R *p, ptrdiff_t pitch,
+                              ptrdiff_t ahead, const int varying, const int add, const int relu, const int stream) {
+#define OUTPUT(I, P) FN(output)(x + (I), residual + (I), P, add, relu)
+    const FN(forward_parameters) fixed = FN(load_forward)(p, pitch, 0, varying);
+    ptrdiff_t i = 0;
     if (n < W) {
         T bx[VECTOR_BYTES] = {0}, br[VECTOR_BYTES] = {0};
         memcpy(bx, x, n * sizeof(T));
-        if (residual) memcpy(br, residual, n * sizeof(T));
-        FN(store)(bx, FN(output)(bx, residual ? br : NULL, p, pitch, 0, varying, relu), 0);
+        if (add) memcpy(br, residual, n * sizeof(T));
+        FN(store)(bx, FN(output)(bx, br, fixed, add, relu), 0);
         memcpy(y, bx, n * sizeof(T));
         return;
     }
-    ptrdiff_t i = 0;
     if (stream && (uintptr_t)y % LINE) {
-        FN(store)(y, FN(output)(x, residual, p, pitch, 0, varying, relu), 0);
+        FN(store)(y, OUTPUT(0, fixed), 0);
         i = (ptrdiff_t)((LINE - (uintptr_t)y % LINE) / sizeof(T)) % W;
     }
-    const ptrdiff_t end = n - (n - i) % W;
+    const ptrdiff_t tail = n - W, end = n - (n - i) % W;
     VREAL last = {0};
-    if (end < n) last = FN(output)(x, residual, p, pitch, n - W, varying, relu);
+    if (end < n) last = OUTPUT(tail, varying ? FN(load_forward)(p, pitch, tail, varying) : fixed);
     for (; i < end; i += W) {
-        FN(store)(y + i, FN(output)(x, residual, p, pitch, i, varying, relu), stream);
+        __builtin_prefetch((const char *)(x + i) + ahead);
+        if (add) __builtin_prefetch((const char *)(residual + i) + ahead);
+        FN(store)(y + i, OUTPUT(i, varying ? FN(load_forward)(p, pitch, i, varying) : fixed), stream);
     }
-    if (end < n) FN(store)(y + n - W, last, 0);
+    if (end < n) FN(store)(y + tail, last, 0);
+#undef OUTPUT
 }
 
-/* Rows of n elements; strides in bytes */
+/* Rows of n elements; strides in bytes. Fetches what is `ahead` bytes further. */
 static void FN(normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
-                          ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch, int varying,
-                          int relu, int stream) {
-#define ROWS(RESIDUAL, V, A, S) \
-    for (ptrdiff_t i = 0; i < rows; i++) \
-        FN(normalize_body)((const T *)(x + i * x_stride), RESIDUAL, (T *)(y + i * y_stride), n, (const R *)p, pitch, V, A, S)
-#define CASE(V, A, S) \
-    if (varying == V && relu == A && stream == S) { \
-        if (residual) ROWS((const T *)(residual + i * residual_stride), V, A, S); \
-        else ROWS(NULL, V, A, S); \
-    }
-    CASE(0, 0, 0) CASE(0, 0, 1) CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 0, 1) CASE(1, 1, 0) CASE(1, 1, 1)
+                          ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch,
+                          ptrdiff_t ahead, int varying, int relu, int stream) {
+    const int add = residual != NULL;
+#define CASE(V, ADD, A, S) \
+    if (varying == V && add == ADD && relu == A && stream == S) \
+        for (ptrdiff_t i = 0; i < rows; i++) \
+            FN(normalize_row)((const T *)(x + i * x_stride), (const T *)(residual + i * residual_stride), \
+                              (T *)(y + i * y_stride), n, (const R *)p, pitch, ahead, V, ADD, A, S);
+#define CASES(V, ADD) CASE(V, ADD, 0, 0) CASE(V, ADD, 0, 1) CASE(V, ADD, 1, 0) CASE(V, ADD, 1, 1)
+    CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
+#undef CASES
 #undef CASE
-#undef ROWS
+}
+
+/* ---- ReLU after a residual: one bit per element, whether its gradient passes (y > 0, or NaN) ------------- */
+
+/* One row of y = max(0, affine(x) + residual) and its bits, from `bit` on. LANES elements at a time, in order. */
+INLINE void FN(join_row)(const T *x, const T *residual, T *y, uint8_t *bits, ptrdiff_t bit, ptrdiff_t n, const R *p,
+                         ptrdiff_t pitch, ptrdiff_t ahead, const int varying, const int stream) {
+    const FN(forward_parameters) fixed = FN(load_forward)(p, pitch, 0, varying);
+    for (ptrdiff_t i = 0; i < n; i += LANES) {
+        const ptrdiff_t count = n - i < LANES ? n - i : LANES;
+        T bx[LANES] = {0}, br[LANES] = {0};
+        if (count < LANES) {
+            memcpy(bx, x + i, count * sizeof(T));
+            memcpy(br, residual + i, count * sizeof(T));
+        }
+        const T *px = count < LANES ? bx : x + i, *pr = count < LANES ? br : residual + i;
+        unsigned word = 0;
+        __builtin_prefetch((const char *)px + ahead);
+        __builtin_prefetch((const char *)pr + ahead);
+#pragma GCC unroll 8
+        for (int q = 0; q < LANES / W; q++) {
+            const VREAL z = FN(output)(px + q * W, pr + q * W,
+                                       varying ? FN(load_forward)(p, pitch, i + q * W, varying) : fixed, 1, 1);
+            const VREAL rounded = TO_REAL(TO_MEMORY(z, FN(vmem), VREAL, FN(vbits)), VREAL, FN(vbits));
+            const FN(vmask) passes = ~(rounded <= (VREAL){0});
+            word |= bits_of(&passes, sizeof(R)) << q * W;
+            if (count == LANES) FN(store)(y + i + q * W, z, stream);
+            else FN(store)(bx + q * W, z, 0);
+        }
+        if (count < LANES) memcpy(y + i, bx, count * sizeof(T));
+        set_bits(bits, bit + i, word, count);
+    }
+}
+
+/* Rows of n elements; strides in bytes, of the bits in bits. Streams only rows that begin a cache line. */
+static void FN(join)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
+                     ptrdiff_t y_stride, uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride, ptrdiff_t rows, ptrdiff_t n,
+                     const void *p, ptrdiff_t pitch, ptrdiff_t ahead, int varying, int stream) {
+    if (((uintptr_t)y | (uintptr_t)y_stride) % LINE) stream = 0;
+#define CASE(V, S) \
+    if (varying == V && stream == S) \
+        for (ptrdiff_t i = 0; i < rows; i++) \
+            FN(join_row)((const T *)(x + i * x_stride), (const T *)(residual + i * residual_stride), \
+                         (T *)(y + i * y_stride), bits, bit + i * bit_stride, n, (const R *)p, pitch, ahead, V, S);
+    CASE(0, 0) CASE(0, 1) CASE(1, 0) CASE(1, 1)
+#undef CASE
+}
+
+/* Rows of dy where the bits are set, zeros elsewhere; out may be dy. */
+static void FN(mask)(const char *dy, ptrdiff_t dy_stride, const uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride,
+                     char *out, ptrdiff_t out_stride, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t ahead) {
+    static const TINT LANE[LANES] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, (TINT)32768};
+    for (ptrdiff_t row = 0; row < rows; row++)
+        for (ptrdiff_t i = 0; i < n; i += LANES) {
+            const T *source = (const T *)(dy + row * dy_stride) + i;
+            T *target = (T *)(out + row * out_stride) + i;
+            const ptrdiff_t count = n - i < LANES ? n - i : LANES;
+            const unsigned word = get_bits(bits, bit + row * bit_stride + i, count);
+            if (count < LANES) {
+                for (ptrdiff_t j = 0; j < count; j++) target[j] = word >> j & 1 ? source[j] : 0;
+                continue;
+            }
+            __builtin_prefetch((const char *)source + ahead);
+#pragma GCC unroll 8
+            for (int q = 0; q < LANES / W; q++) {
+                FN(vmemint) v, lane;
+                memcpy(&v, source + q * W, sizeof v);
+                memcpy(&lane, LANE + q * W, sizeof lane);
+                v &= (((TINT)word - (FN(vmemint)){0}) & lane) != 0;
+                memcpy(target + q * W, &v, sizeof v);
+            }
+        }
 }
 
 /* ---- backward -------------------------------------------------------------------------------------------- */
@@ -366,7 +443,7 @@ INLINE void FN(reduce_lanes)(const T *dy, const T *x, vdouble mean, const R *p, 
         const VPART xp = FN(load_part)(x + q * WIDE);
         VPART g = FN(load_part)(dy + q * WIDE);
         if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
-        const vdouble d = WIDEN(g), e = d * (WIDEN(xp) - mean);
+        const vdouble d = WIDEN(g), e = d * subtract(WIDEN(xp), mean);
         t1[q] += mask ? keep_last(d, mask + q * WIDE) : d;
         t2[q] += mask ? keep_last(e, mask + q * WIDE) : e;
     }
@@ -430,7 +507,7 @@ INLINE void FN(reduce_few)(const char *dy, const char *x, ptrdiff_t dy_stride, p
         VPART gradient = whole ? FN(load_part)(pd) : FN(load_few)(pd, left);
         if (relu) gradient = FN(masked_part)(gradient, xp, p, pitch, j, 1);
         d[g] = WIDEN(gradient);
-        e[g] = d[g] * (WIDEN(xp) - m);
+        e[g] = d[g] * subtract(WIDEN(xp), m);
     }
     add_tree(d, group);
     add_tree(e, group);
@@ -494,58 +571,71 @@ static void FN(reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff
     memcpy(product, s2, c * sizeof(double));
 }
 
+/* What a vector of dx needs, besides what the forward pass did */
+typedef struct {
+    FN(forward_parameters) forward;
+    VREAL rstd, dbeta_mean, dgamma_mean;
+} FN(backward_parameters);
+
+INLINE FN(backward_parameters) FN(load_backward)(const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
+    return (FN(backward_parameters)){
+        FN(load_forward)(p, pitch, i, varying), FN(parameter)(p + RSTD * pitch, i, varying),
+        FN(parameter)(p + DBETA_MEAN * pitch, i, varying), FN(parameter)(p + DGAMMA_MEAN * pitch, i, varying)};
+}
+
 /* One vector of dx = scale·((dy - mean dy) - x̂·mean(dy·x̂)); frozen statistics: dx = scale·dy */
-INLINE VREAL FN(input_gradient)(const T *dy, const T *x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying,
-                                const int relu, const int frozen) {
-    VREAL g = FN(load)(dy + i), d = {0};
-    const VREAL scale = FN(parameter)(p + SCALE * pitch, i, varying);
-    if (relu || !frozen)
-        d = (FN(load)(x + i) - FN(parameter)(p + HI * pitch, i, varying)) - FN(parameter)(p + LO * pitch, i, varying);
+INLINE VREAL FN(input_gradient)(const T *dy, const T *x, FN(backward_parameters) p, const int relu, const int frozen) {
+    const FN(forward_parameters) f = p.forward;
+    VREAL g = FN(load)(dy), d = {0};
+    if (relu || !frozen) d = (FN(load)(x) - f.hi) - f.lo;
     if (relu) {
-        const VREAL z = d * scale + FN(parameter)(p + SHIFT * pitch, i, varying);
+        const VREAL z = d * f.scale + f.shift;
         const VREAL y = TO_REAL(TO_MEMORY(z, FN(vmem), VREAL, FN(vbits)), VREAL, FN(vbits));
         g = (VREAL)((FN(vmask))g & ~(y <= (VREAL){0}));
     }
-    if (frozen) return scale * g;
-    const VREAL xhat = d * FN(parameter)(p + RSTD * pitch, i, varying);
-    return scale * ((g - FN(parameter)(p + DBETA_MEAN * pitch, i, varying)) -
-                    xhat * FN(parameter)(p + DGAMMA_MEAN * pitch, i, varying));
+    if (frozen) return f.scale * g;
+    return f.scale * ((g - p.dbeta_mean) - d * p.rstd * p.dgamma_mean);
 }
 
-/* A span of dx; the last vector overlaps as in normalize, so dx may be dy. */
-INLINE void FN(backward_body)(const T *dy, const T *x, T *dx, ptrdiff_t n, const R *p, ptrdiff_t pitch,
-                              const int varying, const int relu, const int frozen, const int stream) {
+/* One row of dx; the last vector overlaps as in normalize_row, so dx may be dy. */
+INLINE void FN(backward_row)(const T *dy, const T *x, T *dx, ptrdiff_t n, const R *p, ptrdiff_t pitch, ptrdiff_t ahead,
+                             const int varying, const int relu, const int frozen, const int stream) {
+#define GRADIENT(I, P) FN(input_gradient)(dy + (I), x + (I), P, relu, frozen)
+    const FN(backward_parameters) fixed = FN(load_backward)(p, pitch, 0, varying);
+    ptrdiff_t i = 0;
     if (n < W) {
         T bx[VECTOR_BYTES] = {0}, bd[VECTOR_BYTES] = {0};
         memcpy(bx, x, n * sizeof(T));
         memcpy(bd, dy, n * sizeof(T));
-        FN(store)(bd, FN(input_gradient)(bd, bx, p, pitch, 0, varying, relu, frozen), 0);
+        FN(store)(bd, FN(input_gradient)(bd, bx, fixed, relu, frozen), 0);
         memcpy(dx, bd, n * sizeof(T));
         return;
     }
-    ptrdiff_t i = 0;
     if (stream && (uintptr_t)dx % LINE) {
-        FN(store)(dx, FN(input_gradient)(dy, x, p, pitch, 0, varying, relu, frozen), 0);
+        FN(store)(dx, GRADIENT(0, fixed), 0);
         i = (ptrdiff_t)((LINE - (uintptr_t)dx % LINE) / sizeof(T)) % W;
     }
-    const ptrdiff_t end = n - (n - i) % W;
+    const ptrdiff_t tail = n - W, end = n - (n - i) % W;
     VREAL last = {0};
-    if (end < n) last = FN(input_gradient)(dy, x, p, pitch, n - W, varying, relu, frozen);
+    if (end < n) last = GRADIENT(tail, varying ? FN(load_backward)(p, pitch, tail, varying) : fixed);
     for (; i < end; i += W) {
-        FN(store)(dx + i, FN(input_gradient)(dy, x, p, pitch, i, varying, relu, frozen), stream);
+        __builtin_prefetch((const char *)(dy + i) + ahead);
+        if (relu || !frozen) __builtin_prefetch((const char *)(x + i) + ahead);
+        FN(store)(dx + i, GRADIENT(i, varying ? FN(load_backward)(p, pitch, i, varying) : fixed), stream);
     }
-    if (end < n) FN(store)(dx + n - W, last, 0);
+    if (end < n) FN(store)(dx + tail, last, 0);
+#undef GRADIENT
 }
 
-/* Rows of n elements; strides in bytes */
+/* Rows of n elements; strides in bytes. Fetches what is `ahead` bytes further. */
 static void FN(backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
-                         ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch, int varying,
-                         int relu, int frozen, int stream) {
+                         ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch,
+                         ptrdiff_t ahead, int varying, int relu, int frozen, int stream) {
 #define CASE(V, A, F, S) \
     if (varying == V && relu == A && frozen == F && stream == S) \
         for (ptrdiff_t i = 0; i < rows; i++) \
-            FN(backward_body)((const T *)(dy + i * dy_stride), (const T *)(x + i * x_stride), (T *)(dx + i * dx_stride), n, \
-                              (const R *)p, pitch, V, A, F, S);
+            FN(backward_row)((const T *)(dy + i * dy_stride), (const T *)(x + i * x_stride), (T *)(dx + i * dx_stride), \
+                             n, (const R *)p, pitch, ahead, V, A, F, S);
 #define CASES(V, A) CASE(V, A, 0, 0) CASE(V, A, 0, 1) CASE(V, A, 1, 0) CASE(V, A, 1, 1)
     CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
 #undef CASES
@@ -554,7 +644,7 @@ static void FN(backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptr
 
 static const span_table FN(spans) = {
     sizeof(T), sizeof(R), FN(prepare), FN(expand), FN(moments_ncs), FN(moments_rc), FN(normalize), FN(reduce_ncs),
-    FN(reduce_rc), FN(backward),
+    FN(reduce_rc), FN(backward), FN(join), FN(mask),
 };
 
 #undef JOIN_

@@ -25,7 +25,7 @@ typedef struct {
                        ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
     void (*normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
                       ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
-                      int varying, int relu, int stream);
+                      ptrdiff_t ahead, int varying, int relu, int stream);
     void (*reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
                        ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *parameters,
                        double *sum, double *product, int relu);
@@ -35,12 +35,17 @@ typedef struct {
                       double *sum, double *product, int relu);
     void (*backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
                      ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
-                     int varying, int relu, int frozen, int stream);
+                     ptrdiff_t ahead, int varying, int relu, int frozen, int stream);
+    void (*join)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
+                 ptrdiff_t y_stride, uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride, ptrdiff_t rows, ptrdiff_t n,
+                 const void *parameters, ptrdiff_t pitch, ptrdiff_t ahead, int varying, int stream);
+    void (*mask)(const char *dy, ptrdiff_t dy_stride, const uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride,
+                 char *out, ptrdiff_t out_stride, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t ahead);
 } span_table;
 
 /* Merge part b, of n_b values, into part a, of n_a, for each of c channels: Chan, Golub & LeVeque 1979. */
-static void merge_moments(ptrdiff_t c, double n_a, double *mean_a, double *m2_a, double n_b, const double *mean_b,
-                          const double *m2_b) {
+static void merge_moments(ptrdiff_t c, double n_a, double *restrict mean_a, double *restrict m2_a, double n_b,
+                          const double *restrict mean_b, const double *restrict m2_b) {
     const double share = n_b / (n_a + n_b);
     for (ptrdiff_t i = 0; i < c; i++) {
         const double delta = mean_b[i] - mean_a[i];
@@ -49,12 +54,41 @@ static void merge_moments(ptrdiff_t c, double n_a, double *mean_a, double *m2_a,
     }
 }
 
-/* var = M2/count and rstd = 1/√(var + eps) */
+/* rstd = 1/√(var + eps) */
+static void invert_deviations(ptrdiff_t c, double eps, const double *var, double *rstd) {
+    for (ptrdiff_t i = 0; i < c; i++) rstd[i] = 1 / sqrt(var[i] + eps);
+}
+
+/* var = M2/count and rstd; var may be m2 */
 static void finish_moments(ptrdiff_t c, double count, double eps, const double *m2, double *var, double *rstd) {
+    for (ptrdiff_t i = 0; i < c; i++) var[i] = m2[i] / count;
+    invert_deviations(c, eps, var, rstd);
+}
+
+/* Mean and M2 of c channels from the sums of their differences from K, which has s columns each. Where too much would
+ * be lost, M2 is -1; returns whether that happened. */
+INLINE int block_moments(ptrdiff_t c, const ptrdiff_t s, double count, double limit, const double *restrict K,
+                         const double *restrict s1, const double *restrict s2, double *restrict mean,
+                         double *restrict m2) {
+    int again = 0;
     for (ptrdiff_t i = 0; i < c; i++) {
-        var[i] = m2[i] / count;
-        rstd[i] = 1 / sqrt(var[i] + eps);
+        const double shift = s1[i] / count, lost = s1[i] * shift, m = s2[i] < lost ? 0 : s2[i] - lost;
+        const int bad = lost > limit * m;
+        mean[i] = K[i * s] + shift;
+        m2[i] = bad ? -1 : m;
+        again |= bad;
     }
+    return again;
+}
+
+/* The same for the channels that were marked, from a second pass; never asks for a third */
+static int repeat_moments(ptrdiff_t c, ptrdiff_t s, double count, const double *K, const double *s1, const double *s2,
+                          double *mean, double *m2) {
+    for (ptrdiff_t i = 0; i < c; i++) {
+        if (!(m2[i] < 0)) continue;
+        block_moments(1, 1, count, DBL_MAX, K + i * s, s1 + i, s2 + i, mean + i, m2 + i);
+    }
+    return 0;
 }
 
 #define SAME(v, ...) (v)
@@ -68,16 +102,19 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define SHIFT_LIMIT 65536
 
 #define T float
+#define TINT int32_t
 #define SUFFIX float32
 #define TO_REAL SAME
 #define TO_MEMORY SAME
 #include "span.h"
 #undef T
+#undef TINT
 #undef SUFFIX
 #undef TO_REAL
 #undef TO_MEMORY
 
 #define T uint16_t
+#define TINT int16_t
 #define SUFFIX float16
 #define TO_REAL FLOAT16_TO_REAL
 #define TO_MEMORY REAL_TO_FLOAT16
@@ -91,6 +128,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define TO_MEMORY REAL_TO_BFLOAT16
 #include "span.h"
 #undef T
+#undef TINT
 #undef SUFFIX
 #undef TO_REAL
 #undef TO_MEMORY
@@ -111,6 +149,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define SHIFT_LIMIT 4
 
 #define T double
+#define TINT int64_t
 #define SUFFIX float64
 #define TO_REAL SAME
 #define TO_MEMORY SAME
@@ -123,6 +162,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #undef REAL_MAX
 #undef SHIFT_LIMIT
 #undef T
+#undef TINT
 #undef SUFFIX
 #undef TO_REAL
 #undef TO_MEMORY

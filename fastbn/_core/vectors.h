@@ -56,6 +56,21 @@ INLINE vdouble load_wide(const double *p) { vdouble v; memcpy(&v, p, sizeof v); 
 INLINE void store_wide(double *p, vdouble v) { memcpy(p, &v, sizeof v); }
 INLINE vdouble splat_wide(double value) { return value - (vdouble){0}; } /* keeps -0.0, unlike 0 + value */
 
+/* a - b. A fused a·1 - b rounds once too, to the same bits, but runs on the multipliers where they are not the adders. */
+INLINE vdouble subtract(vdouble a, vdouble b) {
+#if defined(__AVX512F__)
+    __m512d one = _mm512_set1_pd(1);
+    __asm__("" : "+v"(one)); /* or the compiler would see through it */
+    return (vdouble)_mm512_fmsub_pd((__m512d)a, one, (__m512d)b);
+#elif defined(__FMA__)
+    __m256d one = _mm256_set1_pd(1);
+    __asm__("" : "+x"(one));
+    return (vdouble)_mm256_fmsub_pd((__m256d)a, one, (__m256d)b);
+#else
+    return a - b;
+#endif
+}
+
 INLINE void store_columns(double *p, vdouble v, ptrdiff_t columns) { /* no more than the columns that are left */
     if (columns >= WIDE) store_wide(p, v);
     else memcpy(p, &v, columns * sizeof(double));
@@ -92,6 +107,48 @@ INLINE void add_tree(vdouble *v, const int count) {
     for (int width = count / 2; width > 0; width /= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < width; i++) v[i] += v[i + width];
+}
+
+/* One bit per lane of a comparison's result, whose lanes are `size` bytes of ones or zeros */
+INLINE unsigned bits_of(const void *mask, const int size) {
+#if defined(__AVX512DQ__)
+    __m512i m;
+    memcpy(&m, mask, sizeof m);
+    return size == 4 ? _mm512_movepi32_mask(m) : _mm512_movepi64_mask(m);
+#elif defined(__AVX__)
+    __m256i m;
+    memcpy(&m, mask, sizeof m);
+    return size == 4 ? _mm256_movemask_ps((__m256)m) : _mm256_movemask_pd((__m256d)m);
+#elif defined(__SSE2__)
+    __m128i m;
+    memcpy(&m, mask, sizeof m);
+    return size == 4 ? _mm_movemask_ps((__m128)m) : _mm_movemask_pd((__m128d)m);
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < VECTOR_BYTES / size; i++) bits |= (unsigned)(((const uint8_t *)mask)[i * size] & 1) << i;
+    return bits;
+#endif
+}
+
+/* Write or read `count` bits, at most LANES, from bit `at` on: at once where they are LANES and begin a byte */
+INLINE void set_bits(uint8_t *bits, ptrdiff_t at, unsigned word, ptrdiff_t count) {
+    if (at % 8 == 0 && count == LANES) {
+        bits[at / 8] = (uint8_t)word;
+        bits[at / 8 + 1] = (uint8_t)(word >> 8);
+        return;
+    }
+    for (ptrdiff_t i = 0; i < count; i++) {
+        uint8_t *byte = bits + (at + i) / 8;
+        const int place = (int)((at + i) % 8);
+        *byte = (uint8_t)((*byte & ~(1u << place)) | ((word >> i & 1) << place));
+    }
+}
+
+INLINE unsigned get_bits(const uint8_t *bits, ptrdiff_t at, ptrdiff_t count) {
+    unsigned word = 0;
+    if (at % 8 == 0 && count == LANES) return bits[at / 8] | (unsigned)bits[at / 8 + 1] << 8;
+    for (ptrdiff_t i = 0; i < count; i++) word |= (unsigned)(bits[(at + i) / 8] >> (at + i) % 8 & 1) << i;
+    return word;
 }
 
 /* Store past the cache; p is aligned to `bytes`, the size of the vector. */
