@@ -19,7 +19,7 @@ from .caches import L2, L3
 cnp.import_array()
 
 cdef extern from "spans.h" nogil:
-    enum: DBETA_MEAN, PARAMETERS, LANES, ROW_GROUP, LINE
+    enum: DBETA_MEAN, PARAMETERS, LANES, TREE, LINE
 
     ctypedef struct span_table:
         Py_ssize_t itemsize
@@ -34,18 +34,22 @@ cdef extern from "spans.h" nogil:
         void (*moments_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c_stride, Py_ssize_t c,
                            Py_ssize_t s, Py_ssize_t k, double* work, Py_ssize_t wide, double* mean,
                            double* m2) noexcept nogil
+        void (*precise_ncs)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len, Py_ssize_t ahead,
+                            double* mean, double* m2) noexcept nogil
+        void (*precise_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c_stride, Py_ssize_t c,
+                           Py_ssize_t s, Py_ssize_t k, double* work, Py_ssize_t wide, double* mean,
+                           double* m2) noexcept nogil
         void (*normalize)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride,
                           char* y, Py_ssize_t y_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
                           Py_ssize_t pitch, Py_ssize_t ahead, int varying, int relu, int stream) noexcept nogil
         void (*reduce_ncs)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
                            Py_ssize_t x_stride, Py_ssize_t len, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
-                           double mean, const void* parameters, double* sum, double* product,
-                           int relu) noexcept nogil
+                           const void* parameters, double* sum, double* product, int relu) noexcept nogil
         void (*reduce_rc)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
                           Py_ssize_t dy_c_stride, Py_ssize_t x_stride, Py_ssize_t x_c_stride, Py_ssize_t c,
-                          Py_ssize_t s, Py_ssize_t k, const double* mean, const void* parameters,
-                          Py_ssize_t pitch, double* work, Py_ssize_t wide, double* sum, double* product,
-                          int relu) noexcept nogil
+                          Py_ssize_t s, Py_ssize_t k, const void* parameters, Py_ssize_t pitch, double* work,
+                          Py_ssize_t wide, double* sum, double* product, int relu) noexcept nogil
+        double (*dgamma)(double sum, double product, double mean, double rstd) noexcept nogil
         void (*backward)(const char* dy, Py_ssize_t dy_stride, const char* x, Py_ssize_t x_stride, char* dx,
                          Py_ssize_t dx_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
                          Py_ssize_t pitch, Py_ssize_t ahead, int varying, int relu, int frozen,
@@ -72,12 +76,13 @@ cdef enum:
     BLOCK_RC = 131072   # at most, and
     BLOCK_LEAST = 16384  # at least; between them an eighth of the array, so that there is work for several threads
     SIDE_BY_SIDE = 256  # short rows are summed side by side until they are this wide
-    COLUMNS = 1024      # of layout rc that one task takes at most, so that their sums and parameters stay in L1
-    TALL = 128          # rows that a block of layout rc has at least, where that leaves it LINE columns
+    COLUMNS = 1024      # that one task takes, so that their sums and parameters stay in L1; half with short runs
 
 cdef Py_ssize_t SHORT_RUN = layout.SHORT_RUN
 
 # Not part of it
+cdef enum:
+    AHEAD = 1024        # bytes that the writing passes fetch ahead: 512 to 4,096 were alike
 cdef Py_ssize_t L2_BYTES = L2
 cdef Py_ssize_t L3_BYTES = L3
 
@@ -140,14 +145,13 @@ cdef struct Job:
     double* second               # (blocks, c): M2, or Σdy·(x - mean)
     double* dbeta_mean           # (c,)
     double* dgamma_mean          # (c,)
-    double* work                 # by columns: (threads, 3, wide)
+    double* work                 # by columns: (threads, 4, wide)
     Py_ssize_t wide
     char* parameters             # (PARAMETERS, pitch) of each channel by runs, of each thread by columns
     Py_ssize_t pitch
     Py_ssize_t* prepared         # by columns: the tile whose parameters each thread has, or -1
     # how
     int relu, frozen, stream, prefetch, threads
-    Py_ssize_t ahead             # bytes
 
 
 cdef struct Block:
@@ -177,7 +181,7 @@ cdef inline char* parameters_of(const Job* job, Py_ssize_t tile, int thread) noe
 
 
 cdef inline double* work_of(const Job* job, int thread) noexcept nogil:
-    return job.work + 3 * job.wide * thread
+    return job.work + 4 * job.wide * thread
 
 
 cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -195,15 +199,10 @@ cdef void cut_runs(Job* job) noexcept nogil:
     job.block_rows = max(1, BLOCK_NCS // job.x.s)
 
 
-import os
-cdef Py_ssize_t COLUMNS_ = int(os.environ.get("COLS","1024"))
-cdef Py_ssize_t TALL_ = int(os.environ.get("TALL","128"))
-
-
 cdef void cut_columns(Job* job) noexcept nogil:
     # A tile is a whole number of cache lines, or at least of bytes of bits where that would make it much too wide.
     cdef Py_ssize_t s = job.x.s, c = job.x.c
-    cdef Py_ssize_t even = LANES, block, columns
+    cdef Py_ssize_t even = LANES, block
     while s % 2 == 0 and even > 1:
         s //= 2
         even //= 2
@@ -215,9 +214,8 @@ cdef void cut_columns(Job* job) noexcept nogil:
     if even * s > 2 * COLUMNS:
         even = min(even, 8)
     block = min(max(job.x.n * c * s // 8, <Py_ssize_t> BLOCK_LEAST), <Py_ssize_t> BLOCK_RC)
-    columns = min(max(block // min(TALL_, job.x.n), <Py_ssize_t> LINE), COLUMNS_)
-    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, columns)), even) * even
-    job.block_rows = max(ROW_GROUP, block // (job.side * min(c, job.tile) * s)) * job.side
+    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, COLUMNS if s == 1 else COLUMNS // 2)), even) * even
+    job.block_rows = max(TREE, block // (job.side * min(c, job.tile) * s)) * job.side
 
 
 cdef object lay_out(Job* job, object x, int threads):
@@ -230,7 +228,7 @@ cdef object lay_out(Job* job, object x, int threads):
     job.x = view_of(x)
     job.residual = job.dy = job.out = job.bits = job.incoming = view_of(None)
     job.relu = job.frozen = job.stream = job.prefetch = False
-    if cnp.PyArray_NDIM(array) == 2 or (job.x.s <= SHORT_RUN and job.x.n >= ROW_GROUP and job.x.c > 1):
+    if cnp.PyArray_NDIM(array) == 2 or (job.x.s <= SHORT_RUN and job.x.n >= TREE and job.x.c > 1):
         cut_columns(job)
         columns = job.side * min(job.x.c, job.tile) * job.x.s
     else:
@@ -241,7 +239,7 @@ cdef object lay_out(Job* job, object x, int threads):
     job.wide = ceil_div(columns, LANES) * LANES + LANES if job.by_columns else 0
     job.pitch = job.wide + 4 * LANES if job.by_columns else 1
     partial = job.blocks * job.x.c
-    length = (2 * partial + 2 * job.x.c + 3 * threads * job.wide + threads
+    length = (2 * partial + 2 * job.x.c + 4 * threads * job.wide + threads
               + (threads if job.by_columns else job.x.c) * PARAMETERS * job.pitch)
     memory = cnp.PyArray_EMPTY(1, &length, cnp.NPY_DOUBLE, 0)
     job.first = <double*> cnp.PyArray_DATA(memory)
@@ -249,7 +247,7 @@ cdef object lay_out(Job* job, object x, int threads):
     job.dbeta_mean = job.second + partial
     job.dgamma_mean = job.dbeta_mean + job.x.c
     job.work = job.dgamma_mean + job.x.c
-    job.prepared = <Py_ssize_t*> (job.work + threads * 3 * job.wide)
+    job.prepared = <Py_ssize_t*> (job.work + threads * 4 * job.wide)
     job.parameters = <char*> (job.prepared + threads)
     for i in range(threads):
         job.prepared[i] = -1
@@ -264,13 +262,6 @@ cdef inline int is_contiguous(const Job* job, const View* v) noexcept nogil:
     return v.data == NULL or (is_dense(job, v) and v.n_stride == job.x.c * job.x.s * v.item)
 
 
-import os
-cdef Py_ssize_t AHEAD = int(os.environ.get("AHEAD", "4096"))
-cdef Py_ssize_t AHEADR = int(os.environ.get("AHEADR", "4096"))
-cdef void import_ahead(Job* job) noexcept nogil:
-    job.ahead = AHEAD if job.by_columns else AHEADR
-
-
 cdef void choose_paths(Job* job) noexcept nogil:
     # Write past the cache what would not stay in it anyway, never where input and output are one array, nor where runs
     # share cache lines. Fetch the next channel while one is summed: that pass is bound by arithmetic, the writing one
@@ -278,11 +269,11 @@ cdef void choose_paths(Job* job) noexcept nogil:
     cdef Py_ssize_t size = job.x.n * job.x.c * job.x.s * job.spans.itemsize
     cdef Py_ssize_t run = job.x.s * job.spans.itemsize * (job.tile if job.by_columns else 1)
     cdef Py_ssize_t channel = job.x.n * job.x.s * job.spans.itemsize * (2 if job.dy.data != NULL else 1)
-    job.stream = (2 * size > L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
+    cdef Py_ssize_t tensors = 2 if job.dy.data == NULL else 3
+    job.stream = (tensors * size > L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
                   and job.out.data != job.incoming.data
                   and (run >= 4096 or run % LINE == 0 or job.x.s == 1))
     job.prefetch = not job.by_columns and channel <= L2_BYTES
-    import_ahead(job)
 
 
 cdef void prepare(const Job* job, Py_ssize_t tile, int backward, int thread) noexcept nogil:
@@ -310,10 +301,12 @@ cdef void moments_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int threa
     cdef double* mean = job.first + b * job.x.c + ch
     cdef double* m2 = job.second + b * job.x.c + ch
     if job.by_columns:
-        job.spans.moments_rc(x, block.rows, job.x.n_stride, job.x.c_stride, channels_of(job, tile), job.x.s, job.side,
-                             work_of(job, thread), job.wide, mean, m2)
+        rc = job.spans.precise_rc if job.out.data == NULL else job.spans.moments_rc
+        rc(x, block.rows, job.x.n_stride, job.x.c_stride, channels_of(job, tile), job.x.s, job.side,
+           work_of(job, thread), job.wide, mean, m2)
     else:
-        job.spans.moments_ncs(x, block.rows, job.x.n_stride, block.len, ahead, mean, m2)
+        ncs = job.spans.precise_ncs if job.out.data == NULL else job.spans.moments_ncs
+        ncs(x, block.rows, job.x.n_stride, block.len, ahead, mean, m2)
 
 
 cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
@@ -325,15 +318,14 @@ cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread
     cdef double* sum = job.first + b * job.x.c + ch
     cdef double* product = job.second + b * job.x.c + ch
     cdef char* parameters = parameters_of(job, tile, thread)
-    if job.relu:
-        prepare(job, tile, False, thread)  # the reduction computes the forward's sign again
     if job.by_columns:
+        prepare(job, tile, False, thread)
         job.spans.reduce_rc(dy, x, block.rows, job.dy.n_stride, job.dy.c_stride, job.x.n_stride, job.x.c_stride,
-                            channels_of(job, tile), job.x.s, job.side, job.mean + ch, parameters, job.pitch,
-                            work_of(job, thread), job.wide, sum, product, job.relu)
+                            channels_of(job, tile), job.x.s, job.side, parameters, job.pitch, work_of(job, thread),
+                            job.wide, sum, product, job.relu)
     else:
         job.spans.reduce_ncs(dy, x, block.rows, job.dy.n_stride, job.x.n_stride, block.len,
-                             job.dy.c_stride if ahead else 0, ahead, job.mean[ch], parameters, sum, product, job.relu)
+                             job.dy.c_stride if ahead else 0, ahead, parameters, sum, product, job.relu)
 
 
 cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
@@ -343,17 +335,17 @@ cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, 
     if job.dy.data != NULL:
         job.spans.backward(element(&job.dy, i, ch, j), step * job.dy.n_stride, element(&job.x, i, ch, j),
                            step * job.x.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, rows, len,
-                           parameters, job.pitch, job.ahead, job.by_columns, job.relu, job.frozen, job.stream)
+                           parameters, job.pitch, AHEAD, job.by_columns, job.relu, job.frozen, job.stream)
     elif job.bits.data != NULL:
         bit = element(&job.bits, i, ch, j) - <char*> job.memory
         job.spans.join(element(&job.x, i, ch, j), step * job.x.n_stride, element(&job.residual, i, ch, j),
                        step * job.residual.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, job.memory,
-                       bit, step * job.bits.n_stride, rows, len, parameters, job.pitch, job.ahead, job.by_columns,
+                       bit, step * job.bits.n_stride, rows, len, parameters, job.pitch, AHEAD, job.by_columns,
                        job.stream)
     else:
         job.spans.normalize(element(&job.x, i, ch, j), step * job.x.n_stride, element(&job.residual, i, ch, j),
                             step * job.residual.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, rows,
-                            len, parameters, job.pitch, job.ahead, job.by_columns, job.relu, job.stream)
+                            len, parameters, job.pitch, AHEAD, job.by_columns, job.relu, job.stream)
 
 
 cdef void mask_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
@@ -361,7 +353,7 @@ cdef void mask_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, P
     # dy, from what came in and the bits
     job.spans.mask(element(&job.incoming, i, ch, j), step * job.incoming.n_stride, job.memory,
                    element(&job.bits, i, ch, j) - <char*> job.memory, step * job.bits.n_stride,
-                   element(&job.dy, i, ch, j), step * job.dy.n_stride, rows, len, job.ahead)
+                   element(&job.dy, i, ch, j), step * job.dy.n_stride, rows, len, AHEAD)
 
 
 ctypedef void (*rows_function)(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows,
@@ -432,7 +424,7 @@ cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcep
         step *= 2
     for i in range(ch, ch + channels):
         job.dbeta[i] = job.first[i]
-        job.dgamma[i] = job.second[i] * job.rstd[i]
+        job.dgamma[i] = job.spans.dgamma(job.first[i], job.second[i], job.mean[i], job.rstd[i])
         job.dbeta_mean[i] = job.dbeta[i] / count
         job.dgamma_mean[i] = job.dgamma[i] / count
 
@@ -479,6 +471,8 @@ cdef void share_out(const Job* job, task_function function, Py_ssize_t tasks, bi
 cdef void whole_tile(const Job* job, Py_ssize_t tile, int thread) noexcept nogil:
     # Every pass over one tile while it is in cache; what was read last is written first.
     cdef Py_ssize_t b
+    if job.dy.data != NULL:
+        prepare(job, tile, False, thread)
     for b in range(job.blocks):
         sum_block(job, b, tile, thread)
     finish_channels(job, tile * job.tile, channels_of(job, tile))
@@ -528,9 +522,13 @@ cdef void write_all(const Job* job) noexcept nogil:
 
 
 cdef void sum_and_write(const Job* job) noexcept nogil:
+    cdef Py_ssize_t tile
     if tile_by_tile(job):
         share_out(job, whole_tile, job.tiles, False)
         return
+    if job.dy.data != NULL and not job.by_columns:
+        for tile in range(job.tiles):
+            prepare(job, tile, False, 0)
     share_out(job, sum_task, job.blocks * job.tiles, False)
     finish_channels(job, 0, job.x.c)
     if job.out.data != NULL:
@@ -573,7 +571,7 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, bit
 
 cdef void use_bits(Job* job, tuple bits) noexcept:
     # bits: (memory, view) of layout.bits_like, the view canonical. Threads may share bytes where channels do not
-    # begin them: only a batch of fewer than ROW_GROUP short runs is laid out so.
+    # begin them: only a batch of fewer than TREE short runs is laid out so.
     job.memory = <cnp.uint8_t*> cnp.PyArray_DATA(<cnp.ndarray> bits[0])
     job.bits = view_of(bits[1])
     if not job.by_columns and job.bits.c_stride % 8 != 0:

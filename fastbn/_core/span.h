@@ -4,8 +4,10 @@
  *   T        type in memory                        SUFFIX   ends every name
  *   R        type of the arithmetic                TO_REAL   vector of T -> vector of R, TO_MEMORY back
  *   RINT, RBITS  signed and unsigned integer of R's size, TINT  signed of T's
- *   REAL_MAX largest finite R                      SHIFT_LIMIT (see moments_ncs)
- *   WIDEN    vector of R -> vector of float64
+ *   REAL_MAX largest finite R                      SUBTRACT  of vectors of R
+ *   SHIFT_LIMIT, SMALLEST_VAR, RANGE (see block_moments and range)
+ *   WIDEN    vector of R -> vector of float64      PRECISE(name)  the function for statistics in float64
+ * and, where R serves statistics only, STATISTICS_ONLY.
  * Statistics and reductions are summed in float64, element-wise results are computed in R.
  * A span along one channel (layout ncs) has one set of parameters; a span across channels (layout rc) has one
  * per element: `varying` says which, and is a constant wherever it is used, as `relu`, `stream` … are.
@@ -19,12 +21,9 @@
 typedef R FN(vreal) __attribute__((vector_size(VECTOR_BYTES)));
 typedef RINT FN(vmask) __attribute__((vector_size(VECTOR_BYTES)));
 typedef R FN(vpart) __attribute__((vector_size(WIDE * sizeof(R)))); /* as many values as a float64 register */
-typedef RINT FN(vpartmask) __attribute__((vector_size(WIDE * sizeof(R))));
 typedef RBITS FN(vbits) __attribute__((vector_size(VECTOR_BYTES)));
-typedef RBITS FN(vpartbits) __attribute__((vector_size(WIDE * sizeof(R))));
 typedef T FN(vmem) __attribute__((vector_size(VECTOR_BYTES / sizeof(R) * sizeof(T))));
 typedef TINT FN(vmemint) __attribute__((vector_size(VECTOR_BYTES / sizeof(R) * sizeof(T))));
-typedef T FN(vpartmem) __attribute__((vector_size(WIDE * sizeof(T))));
 #define VREAL FN(vreal)
 #define VPART FN(vpart)
 #define W ((ptrdiff_t)(VECTOR_BYTES / sizeof(R)))
@@ -34,33 +33,26 @@ INLINE VREAL FN(load)(const T *p) {
     memcpy(&v, p, sizeof v);
     return TO_REAL(v, VREAL, FN(vbits));
 }
-INLINE VPART FN(load_part)(const T *p) {
-    FN(vpartmem) v;
-    memcpy(&v, p, sizeof v);
-    return TO_REAL(v, VPART, FN(vpartbits));
-}
-INLINE void FN(store)(T *p, VREAL v, const int stream) {
-    const FN(vmem) m = TO_MEMORY(v, FN(vmem), VREAL, FN(vbits));
-    if (stream) stream_bytes(p, &m, sizeof m);
-    else memcpy(p, &m, sizeof m);
-}
-INLINE VPART FN(load_few)(const T *p, ptrdiff_t n) { /* n values, n <= WIDE, and zeros */
-    T b[WIDE] = {0};
-    memcpy(b, p, n * sizeof(T));
-    return FN(load_part)(b);
-}
-INLINE double FN(first)(const T *p) { return WIDEN(FN(load_few)(p, 1))[0]; }
 INLINE VREAL FN(parameter)(const R *p, ptrdiff_t i, const int varying) {
     VREAL v;
     if (!varying) return p[0] - (VREAL){0};
     memcpy(&v, p + i, sizeof v);
     return v;
 }
-INLINE VPART FN(parameter_part)(const R *p, ptrdiff_t i, const int varying) {
-    VPART v;
-    if (!varying) return p[0] - (VPART){0};
-    memcpy(&v, p + i, sizeof v);
-    return v;
+INLINE VREAL FN(load_few)(const T *p, ptrdiff_t n) { /* n values, fewer than W, and zeros */
+    T b[VECTOR_BYTES] = {0};
+    memcpy(b, p, n * sizeof(T));
+    return FN(load)(b);
+}
+INLINE double FN(first)(const T *p) { return FN(load_few)(p, 1)[0]; }
+
+/* KEEP + r keeps the last r of LANES values, KEEP + 2·LANES - r the first. */
+static const RINT FN(KEEP)[3 * LANES] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+INLINE VREAL FN(keep)(VREAL v, const RINT *mask) {
+    FN(vmask) m;
+    memcpy(&m, mask, sizeof m);
+    return (VREAL)((FN(vmask))v & m);
 }
 
 /* The last r = len % LANES values of a row as LANES values ending with them (what comes before is masked away). */
@@ -71,27 +63,49 @@ INLINE const T *FN(tail)(const T *row, ptrdiff_t len, ptrdiff_t r, T *buffer) {
     return buffer;
 }
 
+#ifndef STATISTICS_ONLY
+INLINE void FN(store)(T *p, VREAL v, const int stream) {
+    const FN(vmem) m = TO_MEMORY(v, FN(vmem), VREAL, FN(vbits));
+    if (stream) stream_bytes(p, &m, sizeof m);
+    else memcpy(p, &m, sizeof m);
+}
+
 /* ---- parameters ------------------------------------------------------------------------------------------ */
+
+/* What R leaves of a mean; nothing of an infinite one: no NaN for finite x */
+INLINE double FN(rest)(double mean) {
+    const R hi = (R)mean;
+    return hi - hi == 0 ? mean - (double)hi : 0;
+}
 
 /* A number that R cannot hold becomes the largest one: 0·∞ would make NaN of a constant channel without eps. */
 INLINE R FN(finite)(double v) {
     return (R)(v > REAL_MAX && v <= DBL_MAX ? REAL_MAX : v < -REAL_MAX && v >= -DBL_MAX ? -REAL_MAX : v);
 }
 
-/* y = ((x - hi) - lo)·scale + shift. The mean in two floats: x - hi is exact near the mean, so |mean| ≫ std is free. */
+/* y = (x - hi)·scale + shift, where hi is the mean in R, and what that leaves, lo, is part of the shift: x - hi is exact
+ * near the mean, so |mean| ≫ std costs nothing; hi is the R closest to the mean, so no x is closer, and lo·rstd ≤ 1. */
 static void FN(prepare)(ptrdiff_t c, const double *mean, const double *rstd, const double *gamma, const double *beta,
                         const double *dbeta_mean, const double *dgamma_mean, void *parameters, ptrdiff_t pitch) {
     R *p = (R *)parameters;
-    for (ptrdiff_t i = 0; i < c; i++) {
-        const R hi = (R)mean[i];
-        p[HI * pitch + i] = hi;
-        p[LO * pitch + i] = hi - hi == 0 ? (R)(mean[i] - (double)hi) : 0; /* infinite mean: no NaN for finite x */
-        p[RSTD * pitch + i] = FN(finite)(rstd[i]);
-    }
+    for (ptrdiff_t i = 0; i < c; i++) p[HI * pitch + i] = (R)mean[i];
+    for (ptrdiff_t i = 0; i < c; i++) p[RSTD * pitch + i] = FN(finite)(rstd[i]);
     for (ptrdiff_t i = 0; i < c; i++) p[SCALE * pitch + i] = FN(finite)(gamma ? gamma[i] * rstd[i] : rstd[i]);
-    for (ptrdiff_t i = 0; i < c; i++) p[SHIFT * pitch + i] = beta ? (R)beta[i] : 0;
-    for (ptrdiff_t i = 0; i < c; i++) p[DBETA_MEAN * pitch + i] = dbeta_mean ? (R)dbeta_mean[i] : 0;
-    for (ptrdiff_t i = 0; i < c; i++) p[DGAMMA_MEAN * pitch + i] = dgamma_mean ? (R)dgamma_mean[i] : 0;
+    for (ptrdiff_t i = 0; i < c; i++) {
+        const double lo = FN(rest)(mean[i]);
+        p[SHIFT * pitch + i] = (R)((beta ? beta[i] : 0) - lo * p[SCALE * pitch + i]);
+    }
+    if (dbeta_mean)
+        for (ptrdiff_t i = 0; i < c; i++) {
+            const double lo = FN(rest)(mean[i]);
+            p[DBETA_MEAN * pitch + i] = (R)(dbeta_mean[i] - lo * p[RSTD * pitch + i] * dgamma_mean[i]);
+            p[DGAMMA_MEAN * pitch + i] = (R)dgamma_mean[i];
+        }
+}
+
+/* dγ from the reduction, whose x̂ has the mean in R */
+static double FN(dgamma)(double sum, double product, double mean, double rstd) {
+    return product - FN(rest)(mean) * FN(finite)(rstd) * sum;
 }
 
 /* Give each of the first `count` parameters to c channels' s columns each, and repeat the c·s columns up to `total`. */
@@ -107,53 +121,86 @@ static void FN(expand)(void *parameters, ptrdiff_t pitch, int count, ptrdiff_t c
     }
 }
 
+#endif
+
+/* ---- sums ------------------------------------------------------------------------------------------------
+ *
+ * TREE vectors of R are added as a tree, the result in float64, and every FLUSH of those to the sum of the block: the
+ * error grows with the levels, not with the length. In float32 that leaves 3 roundings of a sum of 8 values.
+ */
+
+INLINE void FN(add_tree)(VREAL *v, const int count) { /* v[0] = the sum of `count` vectors, a power of two */
+#pragma GCC unroll 4
+    for (int width = count / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+}
+INLINE vdouble FN(widen)(VREAL v, const int q) { /* the q-th float64 register of a vector */
+    VPART part;
+    memcpy(&part, (const char *)&v + q * sizeof part, sizeof part);
+    return WIDEN(part);
+}
+INLINE void FN(accumulate)(vdouble *sums, VREAL v) {
+#pragma GCC unroll 8
+    for (int q = 0; q < W / WIDE; q++) sums[q] += FN(widen)(v, q);
+}
+
+INLINE void FN(add_to_columns)(double *sums, VREAL v) {
+#pragma GCC unroll 8
+    for (int q = 0; q < W / WIDE; q++) store_wide(sums + q * WIDE, load_wide(sums + q * WIDE) + FN(widen)(v, q));
+}
+
 /* ---- statistics ------------------------------------------------------------------------------------------ */
 
-/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows. Four vectors are added as a
- * tree, and every FLUSH sums are added to those of the block: the error grows with the levels, not with the length.
- * `ahead`: bytes to what is wanted next, fetched into L2 meanwhile; 0 for nothing. */
-INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double K,
-                             double *sums) {
+/* x - K, times a power of two where squares would leave R's range */
+INLINE VREAL FN(deviation)(VREAL x, VREAL K, VREAL factor, const int scaled) {
+    const VREAL d = SUBTRACT(x, K);
+    return scaled ? d * factor : d;
+}
+
+/* Σ(x - K) and Σ(x - K)² over rows of one channel, LANES partial sums across the rows. `ahead`: bytes to what is wanted
+ * next, fetched into L2 meanwhile; 0 for nothing. */
+INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, R K,
+                             R factor, double *sums, const int scaled) {
     vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}}, t1[PARTS] = {{0}}, t2[PARTS] = {{0}};
-    const vdouble k = splat_wide(K);
+    const VREAL k = K - (VREAL){0}, f = factor - (VREAL){0};
     const ptrdiff_t r = len % LANES;
     T buffer[LANES];
     int added = 0;
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *p = (const T *)(x + row * stride);
         ptrdiff_t i = 0;
-        for (; i + 4 * LANES <= len; i += 4 * LANES) {
+        for (; i + TREE * LANES <= len; i += TREE * LANES) {
             if (ahead)
-                for (ptrdiff_t line = 0; line < 4 * LANES; line += LINE / (ptrdiff_t)sizeof(T))
+                for (ptrdiff_t line = 0; line < TREE * LANES; line += LINE / (ptrdiff_t)sizeof(T))
                     __builtin_prefetch((const char *)(p + i + line) + ahead, 0, 2);
 #pragma GCC unroll 8
-            for (int q = 0; q < PARTS; q++) {
-                vdouble d[4];
-#pragma GCC unroll 4
-                for (int g = 0; g < 4; g++) d[g] = subtract(WIDEN(FN(load_part)(p + i + g * LANES + q * WIDE)), k);
-                t1[q] += (d[0] + d[1]) + (d[2] + d[3]);
-                t2[q] += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]);
+            for (int v = 0; v < LANES / W; v++) {
+                VREAL d[TREE], e[TREE];
+#pragma GCC unroll 8
+                for (int g = 0; g < TREE; g++) {
+                    d[g] = FN(deviation)(FN(load)(p + i + g * LANES + v * W), k, f, scaled);
+                    e[g] = d[g] * d[g];
+                }
+                FN(add_tree)(d, TREE);
+                FN(add_tree)(e, TREE);
+                FN(accumulate)(t1 + v * (W / WIDE), d[0]);
+                FN(accumulate)(t2 + v * (W / WIDE), e[0]);
             }
             if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
         }
-        for (; i + LANES <= len; i += LANES) {
+        for (; i < len; i += LANES) {
+            const int whole = i + LANES <= len;
+            const T *from = whole ? p + i : FN(tail)(p, len, r, buffer);
 #pragma GCC unroll 8
-            for (int q = 0; q < PARTS; q++) {
-                const vdouble d = WIDEN(FN(load_part)(p + i + q * WIDE)) - k;
-                t1[q] += d;
-                t2[q] += d * d;
+            for (int v = 0; v < LANES / W; v++) {
+                VREAL d = FN(deviation)(FN(load)(from + v * W), k, f, scaled);
+                if (!whole) d = FN(keep)(d, FN(KEEP) + r + v * W);
+                FN(accumulate)(t1 + v * (W / WIDE), d);
+                FN(accumulate)(t2 + v * (W / WIDE), d * d);
             }
         }
-        if (r) {
-            const T *t = FN(tail)(p, len, r, buffer);
-#pragma GCC unroll 8
-            for (int q = 0; q < PARTS; q++) {
-                const vdouble d = keep_last(WIDEN(FN(load_part)(t + q * WIDE)) - k, KEEP + r + q * WIDE);
-                t1[q] += d;
-                t2[q] += d * d;
-            }
-        }
-        if ((added += 4) >= FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2); /* a row may end with four more */
+        if ((added += TREE) >= FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2); /* a row may end with TREE more */
     }
     flush_sums(s1, t1);
     flush_sums(s2, t2);
@@ -161,61 +208,130 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
     sums[1] = sum_lanes(s2);
 }
 
-/* Where to shift to: the mean of the first few values, exactly the value of a constant channel */
-INLINE double FN(guess)(const char *x, ptrdiff_t stride, ptrdiff_t n) {
-    double sum = 0;
-    const ptrdiff_t few = n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
-    for (ptrdiff_t i = 0; i < few; i++) sum += FN(first)((const T *)(x + i * stride)) / (double)few;
-    return sum;
+/* Where to shift to: 0 where the mean is less than a standard deviation, for then x - 0 is exact, else the mean. From a
+ * few values all over the rows; the mean of equal ones is exact. */
+INLINE R FN(guess)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len) {
+    const ptrdiff_t n = rows * len, few = n >= 4096 ? 16 : n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
+    double sum = 0, squares = 0;
+    for (ptrdiff_t i = 0; i < few; i++) {
+        const ptrdiff_t at = i * n / few;
+        const double v = FN(first)((const T *)(x + at / len * stride) + at % len) / (double)few;
+        sum += v;
+        squares += v * v * (double)few;
+    }
+    return 2 * sum * sum <= squares ? 0 : (R)sum;
 }
 
-/* Mean and M2 = Σ(x - mean)² of one block of one channel: one pass shifted by K, a mean of the block's first values.
- * The error grows with (K - mean)²/var; where that is large (an outlier in K), a second pass shifts by the mean. */
+/* The same for a vector of columns */
+INLINE void FN(guess_columns)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t left, R *K) {
+    VREAL sum = {0}, squares = {0};
+#pragma GCC unroll 8
+    for (ptrdiff_t i = 0; i < TREE; i++) {
+        const T *p = (const T *)(x + i * rows / TREE * stride) + j;
+        const VREAL v = (left < W ? FN(load_few)(p, left) : FN(load)(p)) / (R)TREE;
+        sum += v;
+        squares += v * v * (R)TREE;
+    }
+    const VREAL k = (VREAL)((FN(vmask))sum & ~(2 * sum * sum <= squares));
+    memcpy(K + j, &k, sizeof k);
+}
+
+/* A power of two that brings the largest |x - K| near 1; 0 if there is no other value than K */
+static R FN(range)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, R K) {
+    const VREAL k = K - (VREAL){0};
+    FN(vbits) top = {0};
+    R values[VECTOR_BYTES / sizeof(R)], most = 0;
+    for (ptrdiff_t row = 0; row < rows; row++)
+        for (ptrdiff_t i = 0; i < len; i += W) {
+            const T *p = (const T *)(x + row * stride) + i;
+            const ptrdiff_t left = len - i;
+            VREAL d = (left < W ? FN(load_few)(p, left) : FN(load)(p)) - k;
+            if (left < W) d = FN(keep)(d, FN(KEEP) + 2 * LANES - left);
+            const FN(vbits) size = (FN(vbits))d << 1, larger = (FN(vbits))(size > top); /* without the sign */
+            top = (size & larger) | (top & ~larger);
+        }
+    top >>= 1;
+    memcpy(values, &top, sizeof values);
+    for (int i = 0; i < W; i++) most = values[i] <= most ? most : values[i];
+    if (!(most > 0 && most <= REAL_MAX)) return most == 0 ? 0 : 1;
+    int exponent;
+    frexp((double)most, &exponent);
+    return (R)ldexp(1, -exponent > RANGE ? RANGE : -exponent < -RANGE ? -RANGE : -exponent);
+}
+
+/* Mean and M2 of c channels from the sums of their differences from K, of s columns each. The error grows with
+ * (K - mean)²/var, and squares may leave R's range: there M2 is -1. Returns whether that happened. */
+INLINE int FN(block_moments)(ptrdiff_t c, const ptrdiff_t s, double count, const R *restrict K,
+                             const double *restrict s1, const double *restrict s2, double *restrict mean,
+                             double *restrict m2) {
+    const double least = SMALLEST_VAR * count;
+    int again = 0;
+    for (ptrdiff_t i = 0; i < c; i++) {
+        const double shift = s1[i] / count, lost = s1[i] * shift, m = s2[i] < lost ? 0 : s2[i] - lost;
+        const int bad = (lost > SHIFT_LIMIT * m) | (m < least) | (m > DBL_MAX);
+        mean[i] = K[i * s] + shift;
+        m2[i] = bad ? -1 : m;
+        again |= bad;
+    }
+    return again;
+}
+
+/* The same from sums of scaled differences, which are good enough */
+INLINE void FN(scaled_moments)(double count, R K, R factor, const double *sums1, const double *sums2, double *mean,
+                               double *m2) {
+    const double s1 = *sums1 / factor, shift = s1 / count, m = *sums2 - *sums1 * (*sums1 / count);
+    *mean = factor == 0 ? K : K + shift;
+    *m2 = factor == 0 || m < 0 ? 0 : m / factor / factor;
+}
+
+/* Mean and M2 = Σ(x - mean)² of one block of one channel: one pass, or a second one shifted by the first one's mean */
 static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
                             double *m2) {
     const double count = (double)rows * (double)len;
-    double K = FN(guess)(x, sizeof(T), len), sums[2];
-    for (int pass = 0; pass < 2; pass++) {
-        FN(shifted_sums)(x, rows, stride, len, ahead, K, sums);
-        const double lost = sums[0] * (sums[0] / count);
-        *mean = K + sums[0] / count;
-        *m2 = sums[1] < lost ? 0 : sums[1] - lost;
-        if (!(lost > SHIFT_LIMIT * *m2)) return;
-        K = *mean;
-    }
+    R K = FN(guess)(x, rows, stride, len);
+    double sums[2];
+    FN(shifted_sums)(x, rows, stride, len, ahead, K, 1, sums, 0);
+    if (!FN(block_moments)(1, 1, count, &K, sums, sums + 1, mean, m2)) return;
+    K = (R)*mean;
+    const R factor = FN(range)(x, rows, stride, len, K);
+    FN(shifted_sums)(x, rows, stride, len, 0, K, factor, sums, 1);
+    FN(scaled_moments)(count, K, factor, sums, sums + 1, mean, m2);
 }
 
-/* s1 += x - K, s2 += (x - K)² down a group of rows, added as a tree, for the columns from j on: a register of them, or
- * the `left` last ones. Fetches what is `group` rows further. */
-INLINE void FN(add_columns)(const char *x, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t left, const double *K, double *s1,
-                            double *s2, const int group, const int whole) {
-    const vdouble k = load_wide(K + j);
-    vdouble d[ROW_GROUP], e[ROW_GROUP];
+/* s1 += x - K, s2 += (x - K)² down a group of rows for the columns from j on: a vector of them, or the `left` last ones,
+ * which leave the sums after them as they are. Fetches the next group. */
+INLINE void FN(add_columns)(const char *x, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t left, const R *K, const R *factor,
+                            double *s1, double *s2, const int group, const int whole, const int scaled) {
+    const VREAL k = FN(parameter)(K, j, 1), f = FN(parameter)(factor, j, 1);
+    VREAL d[TREE], e[TREE];
 #pragma GCC unroll 8
     for (int g = 0; g < group; g++) {
         const T *p = (const T *)(x + g * stride) + j;
         if (group > 1) __builtin_prefetch((const char *)p + group * stride, 0, 2);
-        d[g] = subtract(WIDEN(whole ? FN(load_part)(p) : FN(load_few)(p, left)), k);
+        d[g] = FN(deviation)(whole ? FN(load)(p) : FN(load_few)(p, left), k, f, scaled);
+        if (!whole) d[g] = FN(keep)(d[g], FN(KEEP) + 2 * LANES - left);
         e[g] = d[g] * d[g];
     }
-    add_tree(d, group);
-    add_tree(e, group);
-    store_columns(s1 + j, load_wide(s1 + j) + d[0], whole ? WIDE : left);
-    store_columns(s2 + j, load_wide(s2 + j) + e[0], whole ? WIDE : left);
+    FN(add_tree)(d, group);
+    FN(add_tree)(e, group);
+    FN(add_to_columns)(s1 + j, d[0]);
+    FN(add_to_columns)(s2 + j, e[0]);
 }
 
-INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const double *K, double *s1, double *s2,
-                         const int group) {
+INLINE void FN(add_rows)(const char *x, ptrdiff_t stride, ptrdiff_t width, const R *K, const R *factor, double *s1,
+                         double *s2, const int group, const int scaled) {
     ptrdiff_t j = 0;
-    for (; j + WIDE <= width; j += WIDE) FN(add_columns)(x, stride, j, WIDE, K, s1, s2, group, 1);
-    if (j < width) FN(add_columns)(x, stride, j, width - j, K, s1, s2, group, 0);
+    for (; j + W <= width; j += W) FN(add_columns)(x, stride, j, W, K, factor, s1, s2, group, 1, scaled);
+    if (j < width) FN(add_columns)(x, stride, j, width - j, K, factor, s1, s2, group, 0, scaled);
 }
 
-static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, const double *K,
-                            double *s1, double *s2) {
+static void FN(column_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, const R *K,
+                            const R *factor, double *s1, double *s2, int scaled) {
     ptrdiff_t i = 0;
-    for (; i + ROW_GROUP <= rows; i += ROW_GROUP) FN(add_rows)(x + i * stride, stride, width, K, s1, s2, ROW_GROUP);
-    for (; i < rows; i++) FN(add_rows)(x + i * stride, stride, width, K, s1, s2, 1);
+#define ROWS(GROUP, SCALED) FN(add_rows)(x + i * stride, stride, width, K, factor, s1, s2, GROUP, SCALED)
+    for (; i + TREE <= rows; i += TREE) { if (scaled) ROWS(TREE, 1); else ROWS(TREE, 0); }
+    for (; i < rows; i++) { if (scaled) ROWS(1, 1); else ROWS(1, 0); }
+#undef ROWS
 }
 
 /* columns[ch] = the sum of channel ch: first of the k rows that lie side by side, then of its s columns */
@@ -237,69 +353,84 @@ static void FN(sum_columns)(double *columns, ptrdiff_t c, ptrdiff_t s, ptrdiff_t
 }
 
 /* Mean and M2 of c channels, of s adjacent columns each, over a block of rows; k rows side by side make one row of
- * k·c·s columns. work: 3 arrays of `wide` ≥ k·c·s + LANES. */
+ * k·c·s columns. work: 4 arrays of `wide` ≥ k·c·s + LANES. */
 static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
                            ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2) {
-    double *K = work, *s1 = work + wide, *s2 = s1 + wide;
+    R *K = (R *)work, *factor = (R *)(work + wide);
+    double *s1 = work + 2 * wide, *s2 = s1 + wide;
     const double count = (double)rows * (double)s;
     const ptrdiff_t w = c * s, run = s * (ptrdiff_t)sizeof(T), whole = rows / k, left = rows % k;
     const int dense = c_stride == run, together = dense && stride == w * (ptrdiff_t)sizeof(T);
-    const ptrdiff_t width = together ? k * w : dense ? w : s;
-    int again;
     ptrdiff_t begun = 0;
-    if (s == 1 && dense && rows >= ROW_GROUP) /* as below, a register at a time */
-        for (; begun + WIDE <= c; begun += WIDE) {
-            vdouble sum = {0};
-            for (int g = 0; g < ROW_GROUP; g++)
-                sum += WIDEN(FN(load_part)((const T *)(x + g * stride) + begun)) / (double)ROW_GROUP;
-            store_wide(K + begun, sum);
-        }
+    if (s == 1 && dense && rows >= TREE)
+        for (; begun < c; begun += W) FN(guess_columns)(x, rows, stride, begun, c - begun, K);
     for (ptrdiff_t ch = begun; ch < c; ch++) {
-        const char *p = x + ch * c_stride;
-        const double value = s == 1 ? FN(guess)(p, stride, rows) : FN(guess)(p, sizeof(T), s);
+        const R value = FN(guess)(x + ch * c_stride, rows, stride, s);
         for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = value;
     }
-    for (int pass = 0; pass < 2; pass++) {
-        for (ptrdiff_t j = w; j < wide; j++) K[j] = K[j - w];
-        memset(s1, 0, 2 * wide * sizeof(double));
-        for (ptrdiff_t q = 0; q < k; q++) { /* rows q, q + k, … go to columns q·w … */
-            for (ptrdiff_t ch = 0; ch < (dense ? 1 : c); ch++) {
-                const ptrdiff_t at = q * w + ch * s;
-                const char *p = x + q * stride + ch * c_stride;
-                if (!together || q == 0) FN(column_sums)(p, whole, k * stride, width, K + at, s1 + at, s2 + at);
-                if (q < left)
-                    FN(column_sums)(p + whole * k * stride, 1, stride, dense ? w : s, K + at, s1 + at, s2 + at);
+    for (ptrdiff_t first = 0, end = c, scaled = 0; first < c; first = end) {
+        if (scaled) { /* the next channels that were marked */
+            while (first < c && !(m2[first] < 0)) first++;
+            end = first;
+            for (; end < c && m2[end] < 0; end++) {
+                const R value = (R)mean[end], f = FN(range)(x + end * c_stride, rows, stride, s, value);
+                for (ptrdiff_t j = 0; j < s; j++) K[end * s + j] = value, factor[end * s + j] = f;
             }
+            if (first == end) return;
         }
+        for (ptrdiff_t j = w; j < wide; j++) K[j] = K[j - w];
+        for (ptrdiff_t j = w; scaled && j < wide; j++) factor[j] = factor[j - w];
+        memset(s1, 0, 2 * wide * sizeof(double));
+        const int all = together && end - first == c;
+        for (ptrdiff_t q = 0; q < k; q++) /* rows q, q + k, … go to columns q·w … */
+            for (ptrdiff_t ch = first; ch < end; ch = dense ? end : ch + 1) {
+                const ptrdiff_t at = q * w + ch * s, width = dense ? (end - first) * s : s;
+                const char *p = x + q * stride + ch * c_stride;
+                if (!all || q == 0)
+                    FN(column_sums)(p, whole, k * stride, all ? k * w : width, K + at, factor + at, s1 + at, s2 + at, scaled);
+                if (q < left)
+                    FN(column_sums)(p + whole * k * stride, 1, stride, width, K + at, factor + at, s1 + at, s2 + at, scaled);
+            }
         FN(sum_columns)(s1, c, s, k);
         FN(sum_columns)(s2, c, s, k);
-        again = pass ? repeat_moments(c, s, count, K, s1, s2, mean, m2)
-                     : s == 1 ? block_moments(c, 1, count, SHIFT_LIMIT, K, s1, s2, mean, m2)
-                              : block_moments(c, s, count, SHIFT_LIMIT, K, s1, s2, mean, m2);
-        if (!again) return;
-        for (ptrdiff_t ch = 0; ch < c; ch++)
-            for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = mean[ch];
+        if (scaled) {
+            for (ptrdiff_t ch = first; ch < end; ch++)
+                FN(scaled_moments)(count, K[ch * s], factor[ch * s], s1 + ch, s2 + ch, mean + ch, m2 + ch);
+            continue;
+        }
+        if (!(s == 1 ? FN(block_moments)(c, 1, count, K, s1, s2, mean, m2)
+                     : FN(block_moments)(c, s, count, K, s1, s2, mean, m2)))
+            return;
+        scaled = 1;
+        end = 0;
     }
 }
 
+#ifndef STATISTICS_ONLY
 /* ---- forward --------------------------------------------------------------------------------------------- */
 
 /* What a vector of elements needs: of the one channel, or of the columns from i on */
 typedef struct {
-    VREAL hi, lo, scale, shift;
+    VREAL hi, scale, shift;
 } FN(forward_parameters);
 
 INLINE FN(forward_parameters) FN(load_forward)(const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
     return (FN(forward_parameters)){
-        FN(parameter)(p + HI * pitch, i, varying), FN(parameter)(p + LO * pitch, i, varying),
-        FN(parameter)(p + SCALE * pitch, i, varying), FN(parameter)(p + SHIFT * pitch, i, varying)};
+        FN(parameter)(p + HI * pitch, i, varying), FN(parameter)(p + SCALE * pitch, i, varying),
+        FN(parameter)(p + SHIFT * pitch, i, varying)};
 }
 
 INLINE VREAL FN(rectify)(VREAL z) { return (VREAL)((FN(vmask))z & ~(z <= (VREAL){0})); } /* NaN stays NaN */
 
-/* One vector of y = act(((x - hi) - lo)·scale + shift + residual) */
+/* dy where y, rounded as the forward pass stored it, is above 0 or NaN */
+INLINE VREAL FN(pass)(VREAL dy, VREAL y) {
+    const VREAL rounded = TO_REAL(TO_MEMORY(y, FN(vmem), VREAL, FN(vbits)), VREAL, FN(vbits));
+    return (VREAL)((FN(vmask))dy & ~(rounded <= (VREAL){0}));
+}
+
+/* One vector of y = act((x - hi)·scale + shift + residual) */
 INLINE VREAL FN(output)(const T *x, const T *residual, FN(forward_parameters) p, const int add, const int relu) {
-    VREAL z = ((FN(load)(x) - p.hi) - p.lo) * p.scale + p.shift;
+    VREAL z = (FN(load)(x) - p.hi) * p.scale + p.shift;
     if (add) z += FN(load)(residual);
     return relu ? FN(rectify)(z) : z;
 }
@@ -329,6 +460,7 @@ INLINE void FN(normalize_row)(const T *x, const T *residual, T *y, ptrdiff_t n, 
     for (; i < end; i += W) {
         __builtin_prefetch((const char *)(x + i) + ahead);
         if (add) __builtin_prefetch((const char *)(residual + i) + ahead);
+        if (!stream) __builtin_prefetch((char *)(y + i) + ahead, 1);
         FN(store)(y + i, OUTPUT(i, varying ? FN(load_forward)(p, pitch, i, varying) : fixed), stream);
     }
     if (end < n) FN(store)(y + tail, last, 0);
@@ -425,53 +557,60 @@ static void FN(mask)(const char *dy, ptrdiff_t dy_stride, const uint8_t *bits, p
 
 /* ---- backward -------------------------------------------------------------------------------------------- */
 
-/* dy where the forward's y > 0: y is computed again, by the forward's own arithmetic and rounding */
-INLINE VPART FN(masked_part)(VPART dy, VPART x, const R *p, ptrdiff_t pitch, ptrdiff_t i, const int varying) {
-    const VPART d = (x - FN(parameter_part)(p + HI * pitch, i, varying)) -
-                    FN(parameter_part)(p + LO * pitch, i, varying);
-    const VPART z = d * FN(parameter_part)(p + SCALE * pitch, i, varying) +
-                    FN(parameter_part)(p + SHIFT * pitch, i, varying);
-    const VPART y = TO_REAL(TO_MEMORY(z, FN(vpartmem), VPART, FN(vpartbits)), VPART, FN(vpartbits));
-    return (VPART)((FN(vpartmask))dy & ~(y <= (VPART){0}));
+/* One vector of dy, 0 where the forward's y was not above 0 (computed again by the same arithmetic and rounding), and of
+ * dy·x̂, x̂ = (x - hi)·rstd */
+INLINE void FN(products)(VREAL dy, VREAL x, FN(forward_parameters) p, VREAL rstd, const int relu, VREAL *d, VREAL *e) {
+    const VREAL centred = SUBTRACT(x, p.hi);
+    *d = relu ? FN(pass)(dy, centred * p.scale + p.shift) : dy;
+    *e = *d * (centred * rstd);
 }
 
-/* t1 += dy, t2 += dy·(x - mean) for LANES values; `mask` keeps the last of them */
-INLINE void FN(reduce_lanes)(const T *dy, const T *x, vdouble mean, const R *p, vdouble *t1, vdouble *t2,
-                             const int64_t *mask, const int relu) {
-#pragma GCC unroll 8
-    for (int q = 0; q < PARTS; q++) {
-        const VPART xp = FN(load_part)(x + q * WIDE);
-        VPART g = FN(load_part)(dy + q * WIDE);
-        if (relu) g = FN(masked_part)(g, xp, p, 1, 0, 0);
-        const vdouble d = WIDEN(g), e = d * subtract(WIDEN(xp), mean);
-        t1[q] += mask ? keep_last(d, mask + q * WIDE) : d;
-        t2[q] += mask ? keep_last(e, mask + q * WIDE) : e;
-    }
-}
-
-/* Σdy and Σdy·(x - mean) over rows of one channel; `ahead` and the levels of the sums as in shifted_sums */
+/* Σdy and Σdy·x̂ over rows of one channel; `ahead` as in shifted_sums */
 INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const R *p,
-                                double *sum, double *product, const int relu) {
+                                ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, const R *p, double *sum,
+                                double *product, const int relu) {
     vdouble s1[PARTS] = {{0}}, s2[PARTS] = {{0}}, t1[PARTS] = {{0}}, t2[PARTS] = {{0}};
-    const vdouble m = splat_wide(mean);
+    const FN(forward_parameters) f = FN(load_forward)(p, 1, 0, 0);
+    const VREAL rstd = p[RSTD] - (VREAL){0};
     const ptrdiff_t r = len % LANES;
     T buffer_x[LANES], buffer_dy[LANES];
     int added = 0;
     for (ptrdiff_t row = 0; row < rows; row++) {
         const T *px = (const T *)(x + row * x_stride), *pd = (const T *)(dy + row * dy_stride);
-        for (ptrdiff_t i = 0; i + LANES <= len; i += LANES) {
-            if (x_ahead) {
-                __builtin_prefetch((const char *)(px + i) + x_ahead, 0, 2);
-                __builtin_prefetch((const char *)(pd + i) + dy_ahead, 0, 2);
+        ptrdiff_t i = 0;
+        for (; i + TREE * LANES <= len; i += TREE * LANES) {
+            if (x_ahead)
+                for (ptrdiff_t line = 0; line < TREE * LANES; line += LINE / (ptrdiff_t)sizeof(T)) {
+                    __builtin_prefetch((const char *)(px + i + line) + x_ahead, 0, 2);
+                    __builtin_prefetch((const char *)(pd + i + line) + dy_ahead, 0, 2);
+                }
+#pragma GCC unroll 8
+            for (int v = 0; v < LANES / W; v++) {
+                VREAL d[TREE], e[TREE];
+#pragma GCC unroll 8
+                for (int g = 0; g < TREE; g++)
+                    FN(products)(FN(load)(pd + i + g * LANES + v * W), FN(load)(px + i + g * LANES + v * W), f, rstd,
+                                 relu, d + g, e + g);
+                FN(add_tree)(d, TREE);
+                FN(add_tree)(e, TREE);
+                FN(accumulate)(t1 + v * (W / WIDE), d[0]);
+                FN(accumulate)(t2 + v * (W / WIDE), e[0]);
             }
-            FN(reduce_lanes)(pd + i, px + i, m, p, t1, t2, NULL, relu);
             if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
         }
-        if (r) {
-            FN(reduce_lanes)(FN(tail)(pd, len, r, buffer_dy), FN(tail)(px, len, r, buffer_x), m, p, t1, t2, KEEP + r, relu);
-            if (++added == FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
+        for (; i < len; i += LANES) {
+            const int whole = i + LANES <= len;
+            const T *from_x = whole ? px + i : FN(tail)(px, len, r, buffer_x);
+            const T *from_dy = whole ? pd + i : FN(tail)(pd, len, r, buffer_dy);
+#pragma GCC unroll 8
+            for (int v = 0; v < LANES / W; v++) {
+                VREAL d, e;
+                FN(products)(FN(load)(from_dy + v * W), FN(load)(from_x + v * W), f, rstd, relu, &d, &e);
+                FN(accumulate)(t1 + v * (W / WIDE), whole ? d : FN(keep)(d, FN(KEEP) + r + v * W));
+                FN(accumulate)(t2 + v * (W / WIDE), whole ? e : FN(keep)(e, FN(KEEP) + r + v * W));
+            }
         }
+        if ((added += TREE) >= FLUSH) added = flush_sums(s1, t1) + flush_sums(s2, t2);
     }
     flush_sums(s1, t1);
     flush_sums(s2, t2);
@@ -480,22 +619,22 @@ INLINE void FN(reduce_ncs_body)(const char *dy, const char *x, ptrdiff_t rows, p
 }
 
 static void FN(reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                           ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *p, double *sum,
+                           ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, const void *p, double *sum,
                            double *product, int relu) {
 #define BODY(RELU) \
-    FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, dy_ahead, x_ahead, mean, (const R *)p, sum, \
-                        product, RELU)
+    FN(reduce_ncs_body)(dy, x, rows, dy_stride, x_stride, len, dy_ahead, x_ahead, (const R *)p, sum, product, RELU)
     if (relu) BODY(1);
     else BODY(0);
 #undef BODY
 }
 
-/* s1 += dy, s2 += dy·(x - mean) down a group of rows, as in add_columns */
+/* s1 += dy, s2 += dy·x̂ down a group of rows, as in add_columns */
 INLINE void FN(reduce_few)(const char *dy, const char *x, ptrdiff_t dy_stride, ptrdiff_t x_stride, ptrdiff_t j,
-                           ptrdiff_t left, const double *mean, const R *p, ptrdiff_t pitch, double *s1, double *s2,
-                           const int group, const int relu, const int whole) {
-    const vdouble m = load_wide(mean + j);
-    vdouble d[ROW_GROUP], e[ROW_GROUP];
+                           ptrdiff_t left, const R *p, ptrdiff_t pitch, double *s1, double *s2, const int group,
+                           const int relu, const int whole) {
+    const FN(forward_parameters) f = FN(load_forward)(p, pitch, j, 1);
+    const VREAL rstd = FN(parameter)(p + RSTD * pitch, j, 1);
+    VREAL d[TREE], e[TREE];
 #pragma GCC unroll 8
     for (int g = 0; g < group; g++) {
         const T *px = (const T *)(x + g * x_stride) + j, *pd = (const T *)(dy + g * dy_stride) + j;
@@ -503,66 +642,62 @@ INLINE void FN(reduce_few)(const char *dy, const char *x, ptrdiff_t dy_stride, p
             __builtin_prefetch((const char *)px + group * x_stride, 0, 2);
             __builtin_prefetch((const char *)pd + group * dy_stride, 0, 2);
         }
-        const VPART xp = whole ? FN(load_part)(px) : FN(load_few)(px, left);
-        VPART gradient = whole ? FN(load_part)(pd) : FN(load_few)(pd, left);
-        if (relu) gradient = FN(masked_part)(gradient, xp, p, pitch, j, 1);
-        d[g] = WIDEN(gradient);
-        e[g] = d[g] * subtract(WIDEN(xp), m);
+        FN(products)(whole ? FN(load)(pd) : FN(load_few)(pd, left), whole ? FN(load)(px) : FN(load_few)(px, left), f,
+                     rstd, relu, d + g, e + g);
+        if (!whole) {
+            d[g] = FN(keep)(d[g], FN(KEEP) + 2 * LANES - left);
+            e[g] = FN(keep)(e[g], FN(KEEP) + 2 * LANES - left);
+        }
     }
-    add_tree(d, group);
-    add_tree(e, group);
-    store_columns(s1 + j, load_wide(s1 + j) + d[0], whole ? WIDE : left);
-    store_columns(s2 + j, load_wide(s2 + j) + e[0], whole ? WIDE : left);
+    FN(add_tree)(d, group);
+    FN(add_tree)(e, group);
+    FN(add_to_columns)(s1 + j, d[0]);
+    FN(add_to_columns)(s2 + j, e[0]);
 }
 
 INLINE void FN(reduce_rows)(const char *dy, const char *x, ptrdiff_t dy_stride, ptrdiff_t x_stride, ptrdiff_t width,
-                            const double *mean, const R *p, ptrdiff_t pitch, double *s1, double *s2, const int group,
-                            const int relu) {
+                            const R *p, ptrdiff_t pitch, double *s1, double *s2, const int group, const int relu) {
     ptrdiff_t j = 0;
 #define COLUMNS_FROM(J, LEFT, WHOLE) \
-    FN(reduce_few)(dy, x, dy_stride, x_stride, J, LEFT, mean, p, pitch, s1, s2, group, relu, WHOLE)
-    for (; j + WIDE <= width; j += WIDE) COLUMNS_FROM(j, WIDE, 1);
+    FN(reduce_few)(dy, x, dy_stride, x_stride, J, LEFT, p, pitch, s1, s2, group, relu, WHOLE)
+    for (; j + W <= width; j += W) COLUMNS_FROM(j, W, 1);
     if (j < width) COLUMNS_FROM(j, width - j, 0);
 #undef COLUMNS_FROM
 }
 
 static void FN(reduce_columns)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                               ptrdiff_t width, const double *mean, const R *p, ptrdiff_t pitch, double *s1,
-                               double *s2, int relu) {
+                               ptrdiff_t width, const R *p, ptrdiff_t pitch, double *s1, double *s2, int relu) {
     ptrdiff_t i = 0;
-#define ROWS(GROUP, RELU) FN(reduce_rows)(dy + i * dy_stride, x + i * x_stride, dy_stride, x_stride, width, mean, p, \
-                                          pitch, s1, s2, GROUP, RELU)
-    for (; i + ROW_GROUP <= rows; i += ROW_GROUP) { if (relu) ROWS(ROW_GROUP, 1); else ROWS(ROW_GROUP, 0); }
+#define ROWS(GROUP, RELU) FN(reduce_rows)(dy + i * dy_stride, x + i * x_stride, dy_stride, x_stride, width, p, pitch, \
+                                          s1, s2, GROUP, RELU)
+    for (; i + TREE <= rows; i += TREE) { if (relu) ROWS(TREE, 1); else ROWS(TREE, 0); }
     for (; i < rows; i++) { if (relu) ROWS(1, 1); else ROWS(1, 0); }
 #undef ROWS
 }
 
-/* Σdy and Σdy·(x - mean) of c channels over a block of rows; the columns as in moments_rc. */
+/* Σdy and Σdy·x̂ of c channels over a block of rows; the columns as in moments_rc, work: 2 arrays of `wide`. */
 static void FN(reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t dy_c_stride,
                           ptrdiff_t x_stride, ptrdiff_t x_c_stride, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k,
-                          const double *mean, const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide,
-                          double *sum, double *product, int relu) {
-    double *m = work, *s1 = work + wide, *s2 = s1 + wide;
+                          const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide, double *sum,
+                          double *product, int relu) {
+    double *s1 = work, *s2 = work + wide;
     const R *p = (const R *)parameters;
     const ptrdiff_t w = c * s, run = s * (ptrdiff_t)sizeof(T), row = w * (ptrdiff_t)sizeof(T);
     const ptrdiff_t whole = rows / k, left = rows % k;
     const int dense = x_c_stride == run && dy_c_stride == run;
     const int together = dense && x_stride == row && dy_stride == row;
     const ptrdiff_t width = together ? k * w : dense ? w : s;
-    for (ptrdiff_t ch = 0; ch < c; ch++)
-        for (ptrdiff_t j = 0; j < s; j++) m[ch * s + j] = mean[ch];
-    for (ptrdiff_t j = w; j < wide; j++) m[j] = m[j - w];
     memset(s1, 0, 2 * wide * sizeof(double));
     for (ptrdiff_t q = 0; q < k; q++) {
         for (ptrdiff_t ch = 0; ch < (dense ? 1 : c); ch++) {
             const ptrdiff_t at = q * w + ch * s, end = whole * k;
             const char *pd = dy + q * dy_stride + ch * dy_c_stride, *px = x + q * x_stride + ch * x_c_stride;
             if (!together || q == 0)
-                FN(reduce_columns)(pd, px, whole, k * dy_stride, k * x_stride, width, m + at, p + ch * s, pitch, s1 + at,
-                                   s2 + at, relu);
+                FN(reduce_columns)(pd, px, whole, k * dy_stride, k * x_stride, width, p + ch * s, pitch, s1 + at, s2 + at,
+                                   relu);
             if (q < left)
                 FN(reduce_columns)(pd + end * dy_stride, px + end * x_stride, 1, dy_stride, x_stride, dense ? w : s,
-                                   m + at, p + ch * s, pitch, s1 + at, s2 + at, relu);
+                                   p + ch * s, pitch, s1 + at, s2 + at, relu);
         }
     }
     FN(sum_columns)(s1, c, s, k);
@@ -587,12 +722,8 @@ INLINE FN(backward_parameters) FN(load_backward)(const R *p, ptrdiff_t pitch, pt
 INLINE VREAL FN(input_gradient)(const T *dy, const T *x, FN(backward_parameters) p, const int relu, const int frozen) {
     const FN(forward_parameters) f = p.forward;
     VREAL g = FN(load)(dy), d = {0};
-    if (relu || !frozen) d = (FN(load)(x) - f.hi) - f.lo;
-    if (relu) {
-        const VREAL z = d * f.scale + f.shift;
-        const VREAL y = TO_REAL(TO_MEMORY(z, FN(vmem), VREAL, FN(vbits)), VREAL, FN(vbits));
-        g = (VREAL)((FN(vmask))g & ~(y <= (VREAL){0}));
-    }
+    if (relu || !frozen) d = FN(load)(x) - f.hi;
+    if (relu) g = FN(pass)(g, d * f.scale + f.shift);
     if (frozen) return f.scale * g;
     return f.scale * ((g - p.dbeta_mean) - d * p.rstd * p.dgamma_mean);
 }
@@ -621,6 +752,7 @@ INLINE void FN(backward_row)(const T *dy, const T *x, T *dx, ptrdiff_t n, const 
     for (; i < end; i += W) {
         __builtin_prefetch((const char *)(dy + i) + ahead);
         if (relu || !frozen) __builtin_prefetch((const char *)(x + i) + ahead);
+        if (!stream) __builtin_prefetch((char *)(dx + i) + ahead, 1);
         FN(store)(dx + i, GRADIENT(i, varying ? FN(load_backward)(p, pitch, i, varying) : fixed), stream);
     }
     if (end < n) FN(store)(dx + tail, last, 0);
@@ -643,9 +775,11 @@ static void FN(backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptr
 }
 
 static const span_table FN(spans) = {
-    sizeof(T), sizeof(R), FN(prepare), FN(expand), FN(moments_ncs), FN(moments_rc), FN(normalize), FN(reduce_ncs),
-    FN(reduce_rc), FN(backward), FN(join), FN(mask),
+    sizeof(T), sizeof(R), FN(prepare), FN(expand), FN(moments_ncs), FN(moments_rc), PRECISE(moments_ncs),
+    PRECISE(moments_rc), FN(normalize), FN(reduce_ncs),
+    FN(reduce_rc), FN(dgamma), FN(backward), FN(join), FN(mask),
 };
+#endif
 
 #undef JOIN_
 #undef JOIN

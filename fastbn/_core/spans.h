@@ -9,9 +9,9 @@
 #include "vectors.h"
 
 /* Parameters of a channel, as the element-wise spans read them */
-enum parameter { HI, LO, SCALE, SHIFT, RSTD, DBETA_MEAN, DGAMMA_MEAN, PARAMETERS };
+enum parameter { HI, SCALE, SHIFT, RSTD, DBETA_MEAN, DGAMMA_MEAN, PARAMETERS };
 
-enum { ROW_GROUP = 8 }; /* rows of layout rc that share one load and store of the column sums */
+enum { TREE = 8 }; /* values added as a tree before float64: vectors of a run, or rows of a column */
 
 typedef struct {
     ptrdiff_t itemsize;      /* of the arrays */
@@ -23,16 +23,21 @@ typedef struct {
                         double *m2);
     void (*moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
                        ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
+    void (*precise_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
+                        double *m2);
+    void (*precise_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
+                       ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
     void (*normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
                       ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
                       ptrdiff_t ahead, int varying, int relu, int stream);
     void (*reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
-                       ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, double mean, const void *parameters,
-                       double *sum, double *product, int relu);
+                       ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, const void *parameters, double *sum,
+                       double *product, int relu);
     void (*reduce_rc)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t dy_c_stride,
                       ptrdiff_t x_stride, ptrdiff_t x_c_stride, ptrdiff_t c, ptrdiff_t s, ptrdiff_t k,
-                      const double *mean, const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide,
-                      double *sum, double *product, int relu);
+                      const void *parameters, ptrdiff_t pitch, double *work, ptrdiff_t wide, double *sum,
+                      double *product, int relu);
+    double (*dgamma)(double sum, double product, double mean, double rstd);
     void (*backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
                      ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
                      ptrdiff_t ahead, int varying, int relu, int frozen, int stream);
@@ -65,107 +70,129 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
     invert_deviations(c, eps, var, rstd);
 }
 
-/* Mean and M2 of c channels from the sums of their differences from K, which has s columns each. Where too much would
- * be lost, M2 is -1; returns whether that happened. */
-INLINE int block_moments(ptrdiff_t c, const ptrdiff_t s, double count, double limit, const double *restrict K,
-                         const double *restrict s1, const double *restrict s2, double *restrict mean,
-                         double *restrict m2) {
-    int again = 0;
-    for (ptrdiff_t i = 0; i < c; i++) {
-        const double shift = s1[i] / count, lost = s1[i] * shift, m = s2[i] < lost ? 0 : s2[i] - lost;
-        const int bad = lost > limit * m;
-        mean[i] = K[i * s] + shift;
-        m2[i] = bad ? -1 : m;
-        again |= bad;
-    }
-    return again;
-}
-
-/* The same for the channels that were marked, from a second pass; never asks for a third */
-static int repeat_moments(ptrdiff_t c, ptrdiff_t s, double count, const double *K, const double *s1, const double *s2,
-                          double *mean, double *m2) {
-    for (ptrdiff_t i = 0; i < c; i++) {
-        if (!(m2[i] < 0)) continue;
-        block_moments(1, 1, count, DBL_MAX, K + i * s, s1 + i, s2 + i, mean + i, m2 + i);
-    }
-    return 0;
-}
-
 #define SAME(v, ...) (v)
 
-/* Arithmetic in float32. The limit costs at most 17 of float64's 53 bits and leaves 12 more than float32 has. */
-#define R float
-#define RINT int32_t
-#define RBITS uint32_t
-#define WIDEN widen_float
-#define REAL_MAX FLT_MAX
-#define SHIFT_LIMIT 65536
-
-#define T float
-#define TINT int32_t
-#define SUFFIX float32
-#define TO_REAL SAME
-#define TO_MEMORY SAME
-#include "span.h"
-#undef T
-#undef TINT
-#undef SUFFIX
-#undef TO_REAL
-#undef TO_MEMORY
-
-#define T uint16_t
-#define TINT int16_t
-#define SUFFIX float16
-#define TO_REAL FLOAT16_TO_REAL
-#define TO_MEMORY REAL_TO_FLOAT16
-#include "span.h"
-#undef SUFFIX
-#undef TO_REAL
-#undef TO_MEMORY
-
-#define SUFFIX bfloat16
-#define TO_REAL BFLOAT16_TO_REAL
-#define TO_MEMORY REAL_TO_BFLOAT16
-#include "span.h"
-#undef T
-#undef TINT
-#undef SUFFIX
-#undef TO_REAL
-#undef TO_MEMORY
-
-#undef R
-#undef RINT
-#undef RBITS
-#undef WIDEN
-#undef REAL_MAX
-#undef SHIFT_LIMIT
-
-/* Arithmetic in float64. The limit costs at most 3 of 53 bits. */
+/* Arithmetic in float64: all of float64, and the statistics of Moments. The limit costs at most 3 of 53 bits. */
 #define R double
 #define RINT int64_t
 #define RBITS uint64_t
 #define WIDEN SAME
 #define REAL_MAX DBL_MAX
+#define SUBTRACT subtract_double
 #define SHIFT_LIMIT 4
+#define SMALLEST_VAR 0
+#define RANGE 1000
+
+#define STATISTICS_ONLY
+#define T float
+#define TINT int32_t
+#define SUFFIX float32_precise
+#define TO_REAL(v, ...) widen_float(v)
+#include "span.h"
+#undef T
+#undef TINT
+#undef SUFFIX
+#undef TO_REAL
+
+#define T uint16_t
+#define TINT int16_t
+#define SUFFIX float16_precise
+#define TO_REAL(v, ...) widen_float(FLOAT16_TO_REAL(v, vnarrow, vnarrow_bits))
+#include "span.h"
+#undef SUFFIX
+#undef TO_REAL
+
+#define SUFFIX bfloat16_precise
+#define TO_REAL(v, ...) widen_float(BFLOAT16_TO_REAL(v, vnarrow, vnarrow_bits))
+#include "span.h"
+#undef T
+#undef TINT
+#undef SUFFIX
+#undef TO_REAL
+#undef STATISTICS_ONLY
 
 #define T double
 #define TINT int64_t
 #define SUFFIX float64
 #define TO_REAL SAME
 #define TO_MEMORY SAME
+#define PRECISE(name) name##_float64
 #include "span.h"
+#undef T
+#undef TINT
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+#undef PRECISE
 
 #undef R
 #undef RINT
 #undef RBITS
 #undef WIDEN
 #undef REAL_MAX
+#undef SUBTRACT
 #undef SHIFT_LIMIT
+#undef SMALLEST_VAR
+#undef RANGE
+
+/* Arithmetic in float32. A variance of SMALLEST_VAR on, and factors of 2^RANGE, keep squares in its range. */
+#define R float
+#define RINT int32_t
+#define RBITS uint32_t
+#define WIDEN widen_float
+#define REAL_MAX FLT_MAX
+#define SUBTRACT subtract_float
+#define SHIFT_LIMIT 2
+#define SMALLEST_VAR 1e-36
+#define RANGE 120
+
+#define T float
+#define TINT int32_t
+#define SUFFIX float32
+#define TO_REAL SAME
+#define TO_MEMORY SAME
+#define PRECISE(name) name##_float32_precise
+#include "span.h"
 #undef T
 #undef TINT
 #undef SUFFIX
 #undef TO_REAL
 #undef TO_MEMORY
+#undef PRECISE
+
+#define T uint16_t
+#define TINT int16_t
+#define SUFFIX float16
+#define TO_REAL FLOAT16_TO_REAL
+#define TO_MEMORY REAL_TO_FLOAT16
+#define PRECISE(name) name##_float16_precise
+#include "span.h"
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+#undef PRECISE
+
+#define SUFFIX bfloat16
+#define TO_REAL BFLOAT16_TO_REAL
+#define TO_MEMORY REAL_TO_BFLOAT16
+#define PRECISE(name) name##_bfloat16_precise
+#include "span.h"
+#undef T
+#undef TINT
+#undef SUFFIX
+#undef TO_REAL
+#undef TO_MEMORY
+#undef PRECISE
+
+#undef R
+#undef RINT
+#undef RBITS
+#undef WIDEN
+#undef REAL_MAX
+#undef SUBTRACT
+#undef SHIFT_LIMIT
+#undef SMALLEST_VAR
+#undef RANGE
 
 /* The table of a dtype: bfloat16 is the one of two bytes that NumPy does not know as its half. */
 static const span_table *spans_of(ptrdiff_t itemsize, int is_numpy_half) {

@@ -38,6 +38,7 @@ typedef int64_t vint64 __attribute__((vector_size(VECTOR_BYTES)));
 
 /* float32 to float64. Intrinsics where GCC 12's __builtin_convertvector takes two conversions and a shuffle. */
 typedef float vnarrow __attribute__((vector_size(WIDE * sizeof(float))));
+typedef uint32_t vnarrow_bits __attribute__((vector_size(WIDE * sizeof(float))));
 INLINE vdouble widen_float(vnarrow v) {
 #if defined(__AVX512F__)
     return (vdouble)_mm512_cvtps_pd((__m256)v);
@@ -48,39 +49,25 @@ INLINE vdouble widen_float(vnarrow v) {
 #endif
 }
 
-/* KEEP + r masks all but the last r of LANES values. */
-static const int64_t KEEP[2 * LANES] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-                                        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-
 INLINE vdouble load_wide(const double *p) { vdouble v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_wide(double *p, vdouble v) { memcpy(p, &v, sizeof v); }
-INLINE vdouble splat_wide(double value) { return value - (vdouble){0}; } /* keeps -0.0, unlike 0 + value */
 
 /* a - b. A fused a·1 - b rounds once too, to the same bits, but runs on the multipliers where they are not the adders. */
-INLINE vdouble subtract(vdouble a, vdouble b) {
+typedef float vfloat __attribute__((vector_size(VECTOR_BYTES)));
+INLINE vfloat subtract_float(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
-    __m512d one = _mm512_set1_pd(1);
+    __m512 one = _mm512_set1_ps(1);
     __asm__("" : "+v"(one)); /* or the compiler would see through it */
-    return (vdouble)_mm512_fmsub_pd((__m512d)a, one, (__m512d)b);
+    return (vfloat)_mm512_fmsub_ps((__m512)a, one, (__m512)b);
 #elif defined(__FMA__)
-    __m256d one = _mm256_set1_pd(1);
+    __m256 one = _mm256_set1_ps(1);
     __asm__("" : "+x"(one));
-    return (vdouble)_mm256_fmsub_pd((__m256d)a, one, (__m256d)b);
+    return (vfloat)_mm256_fmsub_ps((__m256)a, one, (__m256)b);
 #else
     return a - b;
 #endif
 }
-
-INLINE void store_columns(double *p, vdouble v, ptrdiff_t columns) { /* no more than the columns that are left */
-    if (columns >= WIDE) store_wide(p, v);
-    else memcpy(p, &v, columns * sizeof(double));
-}
-
-INLINE vdouble keep_last(vdouble v, const int64_t *mask) {
-    vint64 m;
-    memcpy(&m, mask, sizeof m);
-    return (vdouble)((vint64)v & m);
-}
+INLINE vdouble subtract_double(vdouble a, vdouble b) { return a - b; }
 
 /* Sum of LANES values as a fixed tree: the same order on every instruction set. */
 INLINE double sum_lanes(const vdouble *parts) {
@@ -99,14 +86,6 @@ INLINE int flush_sums(vdouble *sums, vdouble *part) {
         part[q] = (vdouble){0};
     }
     return 0;
-}
-
-/* v[0] = the sum of `count` vectors, a power of two, as a tree */
-INLINE void add_tree(vdouble *v, const int count) {
-#pragma GCC unroll 4
-    for (int width = count / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
 }
 
 /* One bit per lane of a comparison's result, whose lanes are `size` bytes of ones or zeros */
