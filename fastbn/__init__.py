@@ -16,7 +16,7 @@ Arrows go down only; a test reads the imports and enforces it::
     norm · schedules · threads                    functions on arrays, learning rates, the thread budget
           │
           ▼
-    _core: check · layout · dispatch · caches     arguments, canonical views, instruction sets
+    _core: check · layout · buffers · dispatch    arguments, canonical views, memory, instruction sets
           │
           ▼
     _core: kernels.pyx · optim_kernels.pyx        threads and blocks, without the GIL, once per instruction set
@@ -29,6 +29,7 @@ canonical problem, a kernel splits it into blocks that the shape alone fixes, a 
 """
 
 from . import nn, optim
+from ._core.buffers import release_buffers
 from ._version import __version__
 from .config import show_config
 from .fold import BatchNormParams, fold_conv, fold_into_conv, fold_into_linear, fold_linear, to_affine
@@ -56,6 +57,7 @@ __all__ = [
     "nn",
     "num_threads",
     "optim",
+    "release_buffers",
     "set_num_threads",
     "show_config",
     "to_affine",

@@ -30,7 +30,7 @@ ROWS = [
 ]
 LEVEL = {part: -i for i, row in enumerate(ROWS) for part in row}
 SUBPACKAGES = {"_core", "nn", "interop"}
-CORE_ROWS = [{"dispatch"}, {"kernels", "optim_kernels"}, {"check", "layout", "caches", "openmp", "cpu"}]
+CORE_ROWS = [{"dispatch"}, {"kernels", "optim_kernels"}, {"layout"}, {"buffers", "check", "caches", "openmp", "cpu"}]
 CORE_LEVEL = {f"_core.{part}": -i for i, row in enumerate(CORE_ROWS) for part in row}
 
 # Where extras are used: inside a function, except in a module that is an extra as a whole.
@@ -416,14 +416,16 @@ def test_a_stub_lists_exactly_the_functions_of_its_module(source):
             assert arguments_of(node) == signature_of(found[name]), f"{module.__name__}.{name}"
         for name, node in classes.items():
             methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)} - {"__init__"}
-            assert {m for m in vars(found[name]) if not m.startswith("_")} == methods, (
+            attributes = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+            assert {m for m in vars(found[name]) if not m.startswith("_")} == methods | attributes, (
                 f"{module.__name__}.{name}"
             )
 
 
 def arguments_of(node):
     arguments = node.args
-    return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    found = (*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs, arguments.kwarg)
+    return [a.arg for a in found if a is not None]
 
 
 def signature_of(function):

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from . import buffers
+
 cimport numpy as cnp
 
 cnp.import_array()
@@ -150,7 +152,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _ALIGN_FROM:
         return np.empty(shape, dtype)
-    memory = np.empty(nbytes + LINE, np.uint8)
+    memory = np.empty(nbytes + LINE, np.uint8) if nbytes < buffers.FROM else buffers.take(nbytes + LINE)
     start = -memory.ctypes.data % LINE
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
