@@ -113,10 +113,10 @@ def batch_norm_train(
 
     Notes
     -----
-    Statistics are summed in float64, shifted by a value of the data, in blocks that the shape alone fixes. In float32
-    the error stays within 4·2⁻²⁴·(abs(γ)·(1 + max abs(x̂)) + abs(β)), also where the mean is 10⁶ standard deviations,
-    and the result is the same to the last bit for any number of threads and any instruction set. An empty batch gives
-    an empty y.
+    Statistics are sums of differences from a value close to the mean, eight at a time in the arithmetic's dtype, then
+    in float64, in blocks that the shape alone fixes. In float32 the error stays within
+    4·2⁻²⁴·(abs(γ)·(1 + max abs(x̂)) + abs(β)), also where the mean is 10⁶ standard deviations, and the result is the same
+    to the last bit for any number of threads and any instruction set. An empty batch gives an empty y.
 
     References
     ----------

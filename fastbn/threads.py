@@ -16,7 +16,7 @@ from ._core import check, openmp
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
-# Elements that are worth a thread: `python -m bench threads` gave a gain of 1.1 at 65,536 for two, a loss at 32,768.
+# Elements that are worth a thread: `python -m bench thresholds` gave a gain of 1.1 at 65,536 for two, a loss at 32,768.
 ELEMENTS_PER_THREAD = 32768
 MOST = 1024  # threads of a call, whatever is asked for
 

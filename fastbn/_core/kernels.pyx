@@ -41,7 +41,8 @@ cdef extern from "spans.h" nogil:
                            double* m2) noexcept nogil
         void (*normalize)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride,
                           char* y, Py_ssize_t y_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
-                          Py_ssize_t pitch, Py_ssize_t ahead, int varying, int relu, int stream) noexcept nogil
+                          Py_ssize_t pitch, Py_ssize_t step, Py_ssize_t ahead, int varying, int relu,
+                          int stream) noexcept nogil
         void (*reduce_ncs)(const char* dy, const char* x, Py_ssize_t rows, Py_ssize_t dy_stride,
                            Py_ssize_t x_stride, Py_ssize_t len, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
                            const void* parameters, double* sum, double* product, int relu) noexcept nogil
@@ -52,12 +53,12 @@ cdef extern from "spans.h" nogil:
         double (*dgamma)(double sum, double product, double mean, double rstd) noexcept nogil
         void (*backward)(const char* dy, Py_ssize_t dy_stride, const char* x, Py_ssize_t x_stride, char* dx,
                          Py_ssize_t dx_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
-                         Py_ssize_t pitch, Py_ssize_t ahead, int varying, int relu, int frozen,
+                         Py_ssize_t pitch, Py_ssize_t step, Py_ssize_t ahead, int varying, int relu, int frozen,
                          int stream) noexcept nogil
         void (*join)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride, char* y,
                      Py_ssize_t y_stride, cnp.uint8_t* bits, Py_ssize_t bit, Py_ssize_t bit_stride, Py_ssize_t rows,
-                     Py_ssize_t n, const void* parameters, Py_ssize_t pitch, Py_ssize_t ahead, int varying,
-                     int stream) noexcept nogil
+                     Py_ssize_t n, const void* parameters, Py_ssize_t pitch, Py_ssize_t step, Py_ssize_t ahead,
+                     int varying, int stream) noexcept nogil
         void (*mask)(const char* dy, Py_ssize_t dy_stride, const cnp.uint8_t* bits, Py_ssize_t bit,
                      Py_ssize_t bit_stride, char* out, Py_ssize_t out_stride, Py_ssize_t rows, Py_ssize_t n,
                      Py_ssize_t ahead) noexcept nogil
@@ -76,7 +77,8 @@ cdef enum:
     BLOCK_RC = 131072   # at most, and
     BLOCK_LEAST = 16384  # at least; between them an eighth of the array, so that there is work for several threads
     SIDE_BY_SIDE = 256  # short rows are summed side by side until they are this wide
-    COLUMNS = 1024      # that one task takes, so that their sums and parameters stay in L1; half with short runs
+    COLUMNS = 4096      # that one task takes, so that their sums and parameters stay in cache; with short runs
+    SHORT_COLUMNS = 512  # so many, in L1
 
 cdef Py_ssize_t SHORT_RUN = layout.SHORT_RUN
 
@@ -129,6 +131,7 @@ cdef struct Job:
     Py_ssize_t block_rows        # rows of a block
     Py_ssize_t pieces, piece     # by runs: one longer than a block is cut into pieces of this length
     Py_ssize_t blocks            # of a channel
+    Py_ssize_t group             # by runs: channels of an image that one task writes
     Py_ssize_t side              # by columns: rows summed side by side
     Py_ssize_t tiles, tile       # parts of the channels and their size; by runs, each channel is one
     # float64 (c,)
@@ -197,6 +200,7 @@ cdef void cut_runs(Job* job) noexcept nogil:
         job.piece = ceil_div(ceil_div(job.x.s, job.pieces), LANES) * LANES
         job.pieces = ceil_div(job.x.s, job.piece)
     job.block_rows = max(1, BLOCK_NCS // job.x.s)
+    job.group = max(1, min(job.x.c, BLOCK_NCS // job.x.s))
 
 
 cdef void cut_columns(Job* job) noexcept nogil:
@@ -211,15 +215,16 @@ cdef void cut_columns(Job* job) noexcept nogil:
     job.pieces = 1
     job.piece = s
     job.side = max(1, min(SIDE_BY_SIDE // (c * s), job.x.n))
-    if even * s > 2 * COLUMNS:
+    if even * s > 4 * SHORT_COLUMNS:
         even = min(even, 8)
     block = min(max(job.x.n * c * s // 8, <Py_ssize_t> BLOCK_LEAST), <Py_ssize_t> BLOCK_RC)
-    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, COLUMNS if s == 1 else COLUMNS // 2)), even) * even
+    job.tile = ceil_div(ceil_div(c, ceil_div(c * s, COLUMNS if s == 1 else SHORT_COLUMNS)), even) * even
     job.block_rows = max(TREE, block // (job.side * min(c, job.tile) * s)) * job.side
 
 
-cdef object lay_out(Job* job, object x, int threads):
-    # Fill in x, its geometry and the scratch; returns the owner of the scratch. Blocks depend on the shape alone.
+cdef object lay_out(Job* job, object x, int threads, bint sums=True):
+    # Fill in x, its geometry and the scratch; returns the owner of the scratch. Blocks depend on the shape alone. Without
+    # sums, short runs are written one after the other, in the order of memory.
     cdef cnp.ndarray array = x
     cdef cnp.ndarray memory
     cdef Py_ssize_t columns = 0, partial, i
@@ -228,7 +233,7 @@ cdef object lay_out(Job* job, object x, int threads):
     job.x = view_of(x)
     job.residual = job.dy = job.out = job.bits = job.incoming = view_of(None)
     job.relu = job.frozen = job.stream = job.prefetch = False
-    if cnp.PyArray_NDIM(array) == 2 or (job.x.s <= SHORT_RUN and job.x.n >= TREE and job.x.c > 1):
+    if cnp.PyArray_NDIM(array) == 2 or (sums and job.x.s <= SHORT_RUN and job.x.n >= TREE and job.x.c > 1):
         cut_columns(job)
         columns = job.side * min(job.x.c, job.tile) * job.x.s
     else:
@@ -270,7 +275,7 @@ cdef void choose_paths(Job* job) noexcept nogil:
     cdef Py_ssize_t run = job.x.s * job.spans.itemsize * (job.tile if job.by_columns else 1)
     cdef Py_ssize_t channel = job.x.n * job.x.s * job.spans.itemsize * (2 if job.dy.data != NULL else 1)
     cdef Py_ssize_t tensors = 2 if job.dy.data == NULL else 3
-    job.stream = (tensors * size > L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
+    job.stream = (tensors * size >= L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
                   and job.out.data != job.incoming.data
                   and (run >= 4096 or run % LINE == 0 or job.x.s == 1))
     job.prefetch = not job.by_columns and channel <= L2_BYTES
@@ -328,24 +333,28 @@ cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread
                              job.dy.c_stride if ahead else 0, ahead, parameters, sum, product, job.relu)
 
 
+cdef inline Py_ssize_t stride_of(const View* v, Py_ssize_t step) noexcept nogil:
+    # between rows that are `step` apart; 0: the channels are the rows
+    return step * v.n_stride if step else v.c_stride
+
+
 cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
                      Py_ssize_t len, const char* parameters) noexcept nogil:
     # The output, y, or dx where there is a dy, in `len` elements from (i, ch, j) on, of `rows` rows `step` apart
-    cdef Py_ssize_t bit
+    cdef Py_ssize_t next = 0 if step else PARAMETERS * job.pitch
     if job.dy.data != NULL:
-        job.spans.backward(element(&job.dy, i, ch, j), step * job.dy.n_stride, element(&job.x, i, ch, j),
-                           step * job.x.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, rows, len,
-                           parameters, job.pitch, AHEAD, job.by_columns, job.relu, job.frozen, job.stream)
+        job.spans.backward(element(&job.dy, i, ch, j), stride_of(&job.dy, step), element(&job.x, i, ch, j),
+                           stride_of(&job.x, step), element(&job.out, i, ch, j), stride_of(&job.out, step), rows, len,
+                           parameters, job.pitch, next, AHEAD, job.by_columns, job.relu, job.frozen, job.stream)
     elif job.bits.data != NULL:
-        bit = element(&job.bits, i, ch, j) - <char*> job.memory
-        job.spans.join(element(&job.x, i, ch, j), step * job.x.n_stride, element(&job.residual, i, ch, j),
-                       step * job.residual.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, job.memory,
-                       bit, step * job.bits.n_stride, rows, len, parameters, job.pitch, AHEAD, job.by_columns,
-                       job.stream)
+        job.spans.join(element(&job.x, i, ch, j), stride_of(&job.x, step), element(&job.residual, i, ch, j),
+                       stride_of(&job.residual, step), element(&job.out, i, ch, j), stride_of(&job.out, step),
+                       job.memory, element(&job.bits, i, ch, j) - <char*> job.memory, stride_of(&job.bits, step), rows,
+                       len, parameters, job.pitch, next, AHEAD, job.by_columns, job.stream)
     else:
-        job.spans.normalize(element(&job.x, i, ch, j), step * job.x.n_stride, element(&job.residual, i, ch, j),
-                            step * job.residual.n_stride, element(&job.out, i, ch, j), step * job.out.n_stride, rows,
-                            len, parameters, job.pitch, AHEAD, job.by_columns, job.relu, job.stream)
+        job.spans.normalize(element(&job.x, i, ch, j), stride_of(&job.x, step), element(&job.residual, i, ch, j),
+                            stride_of(&job.residual, step), element(&job.out, i, ch, j), stride_of(&job.out, step),
+                            rows, len, parameters, job.pitch, next, AHEAD, job.by_columns, job.relu, job.stream)
 
 
 cdef void mask_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
@@ -499,15 +508,15 @@ cdef void sum_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
 
 
 cdef void write_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
-    # By columns, a block of a tile; by runs, one piece, in the order of memory
-    cdef Py_ssize_t start = t % job.pieces * job.piece
-    cdef Py_ssize_t run = t // job.pieces
+    # By columns, a block of a tile; by runs, in the order of memory, a piece or some channels of an image
+    cdef Py_ssize_t groups = ceil_div(job.x.c, job.group)
+    cdef Py_ssize_t start = t % job.pieces * job.piece, ch = t // job.pieces % groups * job.group
     if job.by_columns:
         prepare(job, t % job.tiles, job.dy.data != NULL, thread)
         each_row(job, t // job.tiles, t % job.tiles, thread, write_rows)
     else:
-        write_rows(job, run // job.x.c, run % job.x.c, start, 1, 1, min(job.piece, job.x.s - start),
-                   parameters_of(job, run % job.x.c, thread))
+        write_rows(job, t // job.pieces // groups, ch, start, min(job.group, job.x.c - ch), 0,
+                   min(job.piece, job.x.s - start), parameters_of(job, ch, thread))
 
 
 cdef void write_all(const Job* job) noexcept nogil:
@@ -518,7 +527,7 @@ cdef void write_all(const Job* job) noexcept nogil:
         return
     for tile in range(job.tiles):
         prepare(job, tile, job.dy.data != NULL, 0)
-    share_out(job, write_task, job.x.n * job.x.c * job.pieces, False)
+    share_out(job, write_task, job.x.n * ceil_div(job.x.c, job.group) * job.pieces, False)
 
 
 cdef void sum_and_write(const Job* job) noexcept nogil:
@@ -552,7 +561,7 @@ def moments(x, mean, m2, int threads):
 def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, bits, int threads):
     """IN x, residual or None; gamma, beta or None, mean, var: float64 (c,) · OUT y, may be x; bits or None."""
     cdef Job job
-    _scratch = lay_out(&job, x, threads)
+    _scratch = lay_out(&job, x, threads, False)
     job.residual = view_of(residual)
     job.out = view_of(y)
     job.gamma = vector(gamma)
@@ -627,13 +636,13 @@ cdef void copy_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
     copy_span(job.x.data + start, job.out.data + start, min(<Py_ssize_t> BLOCK_NCS, job.x.n - start), job.stream)
 
 
-def copy(x, y, int threads):
-    """IN x, contiguous bytes · OUT y, as many: a streaming copy, the yardstick of the benchmarks."""
+def copy(x, y, int threads, stream=None):
+    """IN x, contiguous bytes · OUT y, as many: the yardstick of the benchmarks, streamed where the kernels would."""
     cdef Job job
     job.x.data = <char*> cnp.PyArray_DATA(<cnp.ndarray> x)
     job.out.data = <char*> cnp.PyArray_DATA(<cnp.ndarray> y)
     job.x.n = cnp.PyArray_NBYTES(<cnp.ndarray> y)
-    job.stream = 2 * job.x.n > L3_BYTES
+    job.stream = 2 * job.x.n >= L3_BYTES if stream is None else stream
     job.threads = threads
     with nogil:
         share_out(&job, copy_task, ceil_div(job.x.n, BLOCK_NCS), False)

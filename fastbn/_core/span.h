@@ -467,16 +467,17 @@ INLINE void FN(normalize_row)(const T *x, const T *residual, T *y, ptrdiff_t n, 
 #undef OUTPUT
 }
 
-/* Rows of n elements; strides in bytes. Fetches what is `ahead` bytes further. */
+/* Rows of n elements; strides in bytes, `step` that of the parameters in elements. Fetches what is `ahead` bytes
+ * further. */
 static void FN(normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
-                          ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch,
+                          ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch, ptrdiff_t step,
                           ptrdiff_t ahead, int varying, int relu, int stream) {
     const int add = residual != NULL;
 #define CASE(V, ADD, A, S) \
     if (varying == V && add == ADD && relu == A && stream == S) \
         for (ptrdiff_t i = 0; i < rows; i++) \
             FN(normalize_row)((const T *)(x + i * x_stride), (const T *)(residual + i * residual_stride), \
-                              (T *)(y + i * y_stride), n, (const R *)p, pitch, ahead, V, ADD, A, S);
+                              (T *)(y + i * y_stride), n, (const R *)p + i * step, pitch, ahead, V, ADD, A, S);
 #define CASES(V, ADD) CASE(V, ADD, 0, 0) CASE(V, ADD, 0, 1) CASE(V, ADD, 1, 0) CASE(V, ADD, 1, 1)
     CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
 #undef CASES
@@ -518,13 +519,13 @@ INLINE void FN(join_row)(const T *x, const T *residual, T *y, uint8_t *bits, ptr
 /* Rows of n elements; strides in bytes, of the bits in bits. Streams only rows that begin a cache line. */
 static void FN(join)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
                      ptrdiff_t y_stride, uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride, ptrdiff_t rows, ptrdiff_t n,
-                     const void *p, ptrdiff_t pitch, ptrdiff_t ahead, int varying, int stream) {
+                     const void *p, ptrdiff_t pitch, ptrdiff_t step, ptrdiff_t ahead, int varying, int stream) {
     if (((uintptr_t)y | (uintptr_t)y_stride) % LINE) stream = 0;
 #define CASE(V, S) \
     if (varying == V && stream == S) \
         for (ptrdiff_t i = 0; i < rows; i++) \
             FN(join_row)((const T *)(x + i * x_stride), (const T *)(residual + i * residual_stride), \
-                         (T *)(y + i * y_stride), bits, bit + i * bit_stride, n, (const R *)p, pitch, ahead, V, S);
+                         (T *)(y + i * y_stride), bits, bit + i * bit_stride, n, (const R *)p + i * step, pitch, ahead, V, S);
     CASE(0, 0) CASE(0, 1) CASE(1, 0) CASE(1, 1)
 #undef CASE
 }
@@ -761,13 +762,13 @@ INLINE void FN(backward_row)(const T *dy, const T *x, T *dx, ptrdiff_t n, const 
 
 /* Rows of n elements; strides in bytes. Fetches what is `ahead` bytes further. */
 static void FN(backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
-                         ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch,
+                         ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *p, ptrdiff_t pitch, ptrdiff_t step,
                          ptrdiff_t ahead, int varying, int relu, int frozen, int stream) {
 #define CASE(V, A, F, S) \
     if (varying == V && relu == A && frozen == F && stream == S) \
         for (ptrdiff_t i = 0; i < rows; i++) \
             FN(backward_row)((const T *)(dy + i * dy_stride), (const T *)(x + i * x_stride), (T *)(dx + i * dx_stride), \
-                             n, (const R *)p, pitch, ahead, V, A, F, S);
+                             n, (const R *)p + i * step, pitch, ahead, V, A, F, S);
 #define CASES(V, A) CASE(V, A, 0, 0) CASE(V, A, 0, 1) CASE(V, A, 1, 0) CASE(V, A, 1, 1)
     CASES(0, 0) CASES(0, 1) CASES(1, 0) CASES(1, 1)
 #undef CASES

@@ -29,7 +29,7 @@ typedef struct {
                        ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
     void (*normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
                       ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
-                      ptrdiff_t ahead, int varying, int relu, int stream);
+                      ptrdiff_t step, ptrdiff_t ahead, int varying, int relu, int stream);
     void (*reduce_ncs)(const char *dy, const char *x, ptrdiff_t rows, ptrdiff_t dy_stride, ptrdiff_t x_stride,
                        ptrdiff_t len, ptrdiff_t dy_ahead, ptrdiff_t x_ahead, const void *parameters, double *sum,
                        double *product, int relu);
@@ -40,10 +40,10 @@ typedef struct {
     double (*dgamma)(double sum, double product, double mean, double rstd);
     void (*backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptrdiff_t x_stride, char *dx,
                      ptrdiff_t dx_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
-                     ptrdiff_t ahead, int varying, int relu, int frozen, int stream);
+                     ptrdiff_t step, ptrdiff_t ahead, int varying, int relu, int frozen, int stream);
     void (*join)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
                  ptrdiff_t y_stride, uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride, ptrdiff_t rows, ptrdiff_t n,
-                 const void *parameters, ptrdiff_t pitch, ptrdiff_t ahead, int varying, int stream);
+                 const void *parameters, ptrdiff_t pitch, ptrdiff_t step, ptrdiff_t ahead, int varying, int stream);
     void (*mask)(const char *dy, ptrdiff_t dy_stride, const uint8_t *bits, ptrdiff_t bit, ptrdiff_t bit_stride,
                  char *out, ptrdiff_t out_stride, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t ahead);
 } span_table;
