@@ -115,8 +115,8 @@ def batch_norm_train(
     -----
     Statistics are sums of differences from a value close to the mean, eight at a time in the arithmetic's dtype, then
     in float64, in blocks that the shape alone fixes. In float32 the error stays within
-    4·2⁻²⁴·(abs(γ)·(1 + max abs(x̂)) + abs(β)), also where the mean is 10⁶ standard deviations, and the result is the same
-    to the last bit for any number of threads and any instruction set. An empty batch gives an empty y.
+    4·2⁻²⁴·(abs(γ)·(1 + max abs(x̂)) + abs(β)), also where the mean is 10⁶ standard deviations, and the result is the
+    same to the last bit for any number of threads and any instruction set. An empty batch gives an empty y.
 
     References
     ----------
@@ -302,7 +302,7 @@ def batch_norm_backward(
     dx = layout.empty_like(x) if out is None else out
     dgamma, dbeta = np.empty(c), np.empty(c)
     dresidual = marks = masked = copied = views = None
-    incoming = dy_in
+    incoming: Any = dy_in
     if saved.bits is not None:
         dresidual = layout.empty_like(x)
         views = layout.plan(saved.axis, dy_in, x, dx, dresidual, saved.bits.view()) if dx.flags.aligned else None
@@ -310,14 +310,14 @@ def batch_norm_backward(
             dresidual[...] = np.where(saved.bits.read(), dy_in, np.zeros((), x.dtype))
             incoming = dresidual
         else:
-            dy_view, x_view, dx_view, masked, marks = views
-            marks = saved.bits.memory, marks
+            incoming, x_view, dx_view, masked, bits_view = views
+            marks = saved.bits.memory, bits_view
     elif saved.has_residual:
         dresidual = dy_in.copy(order="K")
     if views is None:
-        (dy_view, x_view), dx_view, copied, _ = layout.arrange(saved.axis, (incoming, x), dx)
+        (incoming, x_view), dx_view, copied, _ = layout.arrange(saved.axis, (incoming, x), dx)
     kernels.backward(
-        dy_view, x_view, dx_view, saved.gamma, saved.beta, saved.mean, saved.rstd, dgamma, dbeta,
+        incoming, x_view, dx_view, saved.gamma, saved.beta, saved.mean, saved.rstd, dgamma, dbeta,
         saved.relu and saved.bits is None, saved.frozen, marks, masked, threads,
     )  # fmt: skip
     if copied is not None:

@@ -336,7 +336,8 @@ def test_an_output_that_is_the_input_of_any_layout(kind):
     x[...] = data
     y, saved = fastbn.batch_norm_train(x, out=x)
     assert y is x
-    np.testing.assert_allclose(x, expected, rtol=0, atol=8 * 2**-24 * (1 + abs(expected).max()))  # another order of sums
+    # another order of the sums
+    np.testing.assert_allclose(x, expected, rtol=0, atol=8 * 2**-24 * (1 + abs(expected).max()))
     with pytest.raises(ValueError, match="^saved: "):
         fastbn.batch_norm_backward(data, saved)
 

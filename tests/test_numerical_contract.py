@@ -25,6 +25,7 @@ from strategies import (
     FLOAT32,
     FLOAT64,
     KINDS,
+    LANES,
     PER_THREAD,
     numbers,
     parameters,
@@ -117,6 +118,84 @@ def test_any_problem_is_within_the_bound(p):
         p.x, p.gamma, p.beta, p.dy, axis=p.axis, eps=p.eps, activation=p.activation, residual=p.residual,
         num_threads=p.num_threads,
     )  # fmt: skip
+
+
+# Eight values that a search found, to be repeated: every sum of eight rounds to the same side. The first one is what a
+# channel is shifted by; (that - mean)²/var is 0.1, 0.25, 0.5, 1 and 2.
+PATTERNS = [
+    [-0.56777805, 0.8466897, -0.5741163, -0.7527887, -0.56777805, -0.57358634, -0.5687544, -0.56874985],
+    [0.0, -1.4181805, 0.07678667, -0.006495474, 0.0, 0.14848608, -0.019556137, 0.0014267549],
+    [0.0, -0.031191768, -0.18219712, -0.031191768, 0.0, 0.0, -0.03749221, -1.0006458],
+    (-0.86036015, 1.1433264, -0.5026952, -0.5026952, -0.86036015, -0.5026952, -0.48871425, -0.8350258),
+    (0.0, -0.26605651, -0.09354095, -2.004658, 0.0, -0.024991795, -0.27816531, -2.0010920),
+    (-0.75516129, 1.24568427, -0.7665824, -0.05855098, -0.75516129, 0.0041672294, 0.0041672294, 1.24568427),
+    (0.0, -0.63313484, -0.00011822581, -1.51364994, 0.0, -1.41674697, -0.50759673, -0.48659387),
+    (-0.05147666, -1.68048787, -1.46874654, -2.56885695, -0.05147666, -1.90013278, -0.6389479, -2.05671263),
+    (0.0, -1.03047264, -1.00081003, -1.04970586, 0.0, -0.86196131, -0.19116491, -1.05792928),
+]
+
+
+@pytest.mark.parametrize("layout", ["rows", "short runs", "long runs"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sums_that_always_round_to_one_side(pattern, layout):
+    p = np.array(pattern, np.float32)
+    if layout == "long runs":
+        x = np.tile(p.repeat(LANES), 128)[None, None]  # values that are LANES apart are added
+    else:
+        x = np.tile(p, 16)[:, None, None].repeat(*((256, 1) if layout == "rows" else (3, 1)))
+        x = x[..., 0] if layout == "rows" else x[:64].repeat(49, 2)
+    x = np.ascontiguousarray(x)
+    dy = np.random.default_rng(15).normal(size=x.shape).astype(np.float32)
+    check_bounds(x, None, None, dy, axis=1, eps=1e-30)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.7, 1.0, 1.4])
+@pytest.mark.parametrize("rows", [8, 9, 16, 33, 100])
+def test_small_batches_of_many_channels(rows, mean):
+    """Where the mean is about a standard deviation, some channel of 20,000 has the worst of what is likely."""
+    rng = np.random.default_rng(rows)
+    x = (rng.normal(size=(rows, 20_000)) + mean).astype(np.float32)
+    check_bounds(x, None, None, rng.normal(size=x.shape).astype(np.float32), axis=1)
+
+
+# Each with |x - K| where float32's squares leave its range, or are about to
+SCALES = [1e-38, 1e-30, 1e-25, 1e-19, 1e-18, 1e18, 1e19, 1e25, 1e30, 1e34]
+
+
+@pytest.mark.parametrize("scale", [*SCALES, None])
+@pytest.mark.parametrize("case", CHANNELS_FIRST[1::5] + CHANNELS_LAST[1::4], ids=name)
+def test_data_at_the_ends_of_float32(case, scale):
+    """Or with channels of wildly different scales in one array, of which some are read again."""
+    (shape, axis), rng = case, np.random.default_rng(16)
+    scale = 10.0 ** rng.uniform(-36, 33, shape[axis]) if scale is None else scale
+    for kind in ("plain", "two values", "step", "sparse", "const but one"):
+        if kind == "sparse":  # dead channels, and nearly dead ones
+            x = np.where(rng.random(shape) < 10.0 ** rng.uniform(-4, -0.5), rng.normal(size=shape), 0)
+        elif kind == "const but one":
+            x = np.full(shape, 1 / 3)
+            x[tuple(rng.integers(n) for n in shape[:1]) + (slice(None),) * (len(shape) - 1)] *= 1.5
+        else:
+            x = numbers(rng, kind, shape, axis, FLOAT64) / (1e3 if kind == "step" else 1)
+        x = (x * reference.expand(scale, len(shape), axis)).astype(np.float32)
+        check_bounds(x, None, None, rng.normal(size=shape).astype(np.float32), axis=axis)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(1e300, -3e200, 1e160, 1e-170, 1e-200, 1e-300),
+        5e-324,
+    ],
+)
+def test_a_float64_constant_whose_square_leaves_the_range(value):
+    for shape in ((50, 3), (7, 3), (2, 3, 300), (9, 3, 11), (3, 3, 5), (20, 1)):
+        x = np.full(shape, value * 0.7 if abs(value) > 1e-320 else value)
+        y, saved = batch_norm_train(x)
+        moments = Moments.of(x)
+        assert not y.any()
+        for mean, m2 in ((saved.mean, saved.var), (moments.mean, moments.m2)):
+            assert (mean == x.flat[0]).all()
+            assert not m2.any()
 
 
 @pytest.mark.parametrize("ratio", [1e3, 1e4, 1e5, 1e6])
@@ -474,10 +553,11 @@ def test_moments_are_the_statistics_of_training(p):
         assert bits(moments.var()) == bits(saved.var)
         return
     expected = reference.train(p.x, axis=p.axis)  # training adds in float32, Moments in float64
-    for mean, var, u in ((saved.mean, saved.var, U32), (moments.mean, moments.var(), 2.0**-50)):
-        t = spread(expected, p.dtype, p.axis)
-        assert_within(mean, expected.mean, 4 * u * t * np.sqrt(expected.var) + 2.0**-52 * np.abs(expected.mean), "mean")
-        assert_within(var, expected.var, 8 * u * expected.var, "var")
+    t, std = spread(expected, p.dtype, p.axis), np.sqrt(expected.var)
+    for mean, var, u, merged in ((saved.mean, saved.var, U32, 0), (moments.mean, moments.var(), 2.0**-48, 1)):
+        assert_within(mean, expected.mean, 4 * u * t * std + 2.0**-52 * np.abs(expected.mean), "mean")
+        # merging rounds the means of the blocks
+        assert_within(var, expected.var, 8 * u * std * (std + merged * np.abs(expected.mean)), "var")
 
 
 @given(problems(kinds=["plain", "offset"], dense=True))

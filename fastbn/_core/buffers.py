@@ -1,8 +1,8 @@
 """Memory of large results, used again: a bounded store of what earlier ones gave back.
 
-The C library returns the pages of a large array to the system when the array goes, and the next one pays a page fault for
-each of its own: nearly half of the time of a call. Here the memory of a result waits, once nothing refers to it, for the
-next result that it fits. Without locks: each step on the dict is atomic.
+The C library returns the pages of a large array to the system when the array goes, and the next one pays a page fault
+for each of its own: nearly half of the time of a call. Here the memory of a result waits, once nothing refers to it,
+for the next result that it fits. Without locks: each step on the dict is atomic.
 """
 
 from __future__ import annotations

@@ -29,16 +29,24 @@ cdef extern from "spans.h" nogil:
                         void* parameters, Py_ssize_t pitch) noexcept nogil
         void (*expand)(void* parameters, Py_ssize_t pitch, int count, Py_ssize_t c, Py_ssize_t s,
                        Py_ssize_t total) noexcept nogil
+        void (*guess_columns)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c,
+                              double* work, void* shifts) noexcept nogil
+        int (*improve_shifts)(Py_ssize_t c, const double* mean, const double* m2, double count,
+                              void* shifts) noexcept nogil
         void (*moments_ncs)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len, Py_ssize_t ahead,
                             double* mean, double* m2) noexcept nogil
         void (*moments_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c_stride, Py_ssize_t c,
-                           Py_ssize_t s, Py_ssize_t k, double* work, Py_ssize_t wide, double* mean,
-                           double* m2) noexcept nogil
+                           Py_ssize_t s, Py_ssize_t k, const void* shifts, double* work, Py_ssize_t wide,
+                           double* mean, double* m2) noexcept nogil
+        void (*precise_columns)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c,
+                                double* work, void* shifts) noexcept nogil
+        int (*precise_improve)(Py_ssize_t c, const double* mean, const double* m2, double count,
+                               void* shifts) noexcept nogil
         void (*precise_ncs)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len, Py_ssize_t ahead,
                             double* mean, double* m2) noexcept nogil
         void (*precise_rc)(const char* x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t c_stride, Py_ssize_t c,
-                           Py_ssize_t s, Py_ssize_t k, double* work, Py_ssize_t wide, double* mean,
-                           double* m2) noexcept nogil
+                           Py_ssize_t s, Py_ssize_t k, const void* shifts, double* work, Py_ssize_t wide,
+                           double* mean, double* m2) noexcept nogil
         void (*normalize)(const char* x, Py_ssize_t x_stride, const char* residual, Py_ssize_t residual_stride,
                           char* y, Py_ssize_t y_stride, Py_ssize_t rows, Py_ssize_t n, const void* parameters,
                           Py_ssize_t pitch, Py_ssize_t step, Py_ssize_t ahead, int varying, int relu,
@@ -148,6 +156,7 @@ cdef struct Job:
     double* second               # (blocks, c): M2, or Σdy·(x - mean)
     double* dbeta_mean           # (c,)
     double* dgamma_mean          # (c,)
+    char* shifts                 # rc: of each channel, where its sums are shifted to; then room for 2 (c + LANES)
     double* work                 # by columns: (threads, 4, wide)
     Py_ssize_t wide
     char* parameters             # (PARAMETERS, pitch) of each channel by runs, of each thread by columns
@@ -183,6 +192,10 @@ cdef inline char* parameters_of(const Job* job, Py_ssize_t tile, int thread) noe
     return job.parameters + (thread if job.by_columns else tile) * PARAMETERS * job.pitch * job.spans.real_size
 
 
+cdef inline char* shifts_of(const Job* job, Py_ssize_t ch) noexcept nogil:
+    return job.shifts + ch * (sizeof(double) if job.out.data == NULL else job.spans.real_size)
+
+
 cdef inline double* work_of(const Job* job, int thread) noexcept nogil:
     return job.work + 4 * job.wide * thread
 
@@ -206,15 +219,19 @@ cdef void cut_runs(Job* job) noexcept nogil:
 cdef void cut_columns(Job* job) noexcept nogil:
     # A tile is a whole number of cache lines, or at least of bytes of bits where that would make it much too wide.
     cdef Py_ssize_t s = job.x.s, c = job.x.c
-    cdef Py_ssize_t even = LANES, block
-    while s % 2 == 0 and even > 1:
+    cdef Py_ssize_t even = LANES, row, block
+    while s % 2 == 0 and even > 1:  # even runs make whole cache lines
         s //= 2
         even //= 2
     s = job.x.s
     job.by_columns = True
     job.pieces = 1
     job.piece = s
-    job.side = max(1, min(SIDE_BY_SIDE // (c * s), job.x.n))
+    job.side = max(1, SIDE_BY_SIDE // (c * s))
+    row = LANES  # as many rows side by side make whole vectors
+    while c * s * row % (2 * LANES) == 0 and row > 1:
+        row //= 2
+    job.side = min(job.side - (job.side % row if job.side >= row else 0), job.x.n)
     if even * s > 4 * SHORT_COLUMNS:
         even = min(even, 8)
     block = min(max(job.x.n * c * s // 8, <Py_ssize_t> BLOCK_LEAST), <Py_ssize_t> BLOCK_RC)
@@ -223,8 +240,8 @@ cdef void cut_columns(Job* job) noexcept nogil:
 
 
 cdef object lay_out(Job* job, object x, int threads, bint sums=True):
-    # Fill in x, its geometry and the scratch; returns the owner of the scratch. Blocks depend on the shape alone. Without
-    # sums, short runs are written one after the other, in the order of memory.
+    # Fill in x, its geometry and the scratch; returns the owner of the scratch. Blocks depend on the shape alone.
+    # Without sums, short runs are written one after the other, in the order of memory.
     cdef cnp.ndarray array = x
     cdef cnp.ndarray memory
     cdef Py_ssize_t columns = 0, partial, i
@@ -244,14 +261,15 @@ cdef object lay_out(Job* job, object x, int threads, bint sums=True):
     job.wide = ceil_div(columns, LANES) * LANES + LANES if job.by_columns else 0
     job.pitch = job.wide + 4 * LANES if job.by_columns else 1
     partial = job.blocks * job.x.c
-    length = (2 * partial + 2 * job.x.c + 4 * threads * job.wide + threads
+    length = (2 * partial + 5 * job.x.c + 2 * LANES + 4 * threads * job.wide + threads
               + (threads if job.by_columns else job.x.c) * PARAMETERS * job.pitch)
     memory = cnp.PyArray_EMPTY(1, &length, cnp.NPY_DOUBLE, 0)
     job.first = <double*> cnp.PyArray_DATA(memory)
     job.second = job.first + partial
     job.dbeta_mean = job.second + partial
     job.dgamma_mean = job.dbeta_mean + job.x.c
-    job.work = job.dgamma_mean + job.x.c
+    job.shifts = <char*> (job.dgamma_mean + job.x.c)
+    job.work = job.dgamma_mean + 4 * job.x.c + 2 * LANES
     job.prepared = <Py_ssize_t*> (job.work + threads * 4 * job.wide)
     job.parameters = <char*> (job.prepared + threads)
     for i in range(threads):
@@ -308,7 +326,7 @@ cdef void moments_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int threa
     if job.by_columns:
         rc = job.spans.precise_rc if job.out.data == NULL else job.spans.moments_rc
         rc(x, block.rows, job.x.n_stride, job.x.c_stride, channels_of(job, tile), job.x.s, job.side,
-           work_of(job, thread), job.wide, mean, m2)
+           shifts_of(job, ch), work_of(job, thread), job.wide, mean, m2)
     else:
         ncs = job.spans.precise_ncs if job.out.data == NULL else job.spans.moments_ncs
         ncs(x, block.rows, job.x.n_stride, block.len, ahead, mean, m2)
@@ -401,7 +419,7 @@ cdef Py_ssize_t values_before(const Job* job, Py_ssize_t b) noexcept nogil:
 
 
 cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
-    # mean, var and rstd of some channels from the moments of their blocks: neighbours first, then pairs of pairs
+    # mean and M2 of some channels from the moments of their blocks: neighbours first, then pairs of pairs
     cdef Py_ssize_t step = 1, b, c = job.x.c, middle
     while step < job.blocks:
         b = 0
@@ -415,8 +433,6 @@ cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexc
     for b in range(ch, ch + channels):
         job.mean[b] = job.first[b]
         job.var[b] = job.second[b]
-    if job.rstd != NULL:
-        finish_moments(channels, <double> job.x.n * job.x.s, job.eps, job.var + ch, job.var + ch, job.rstd + ch)
 
 
 cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
@@ -447,11 +463,20 @@ cdef void sum_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) n
     reduce_block(job, b, tile, thread)
 
 
-cdef void finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
-    if job.dy.data == NULL:
-        merge_blocks(job, ch, channels)
-    else:
+cdef int finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
+    # Returns whether the blocks have to be summed again, with better shifts: at most once, for then these are the means
+    cdef double count = <double> job.x.n * job.x.s
+    cdef bint again = False
+    if job.dy.data != NULL:
         add_blocks(job, ch, channels)
+        return False
+    merge_blocks(job, ch, channels)
+    if job.by_columns and job.x.s == 1:
+        improve = job.spans.precise_improve if job.out.data == NULL else job.spans.improve_shifts
+        again = improve(channels, job.mean + ch, job.var + ch, count, shifts_of(job, ch))
+    if job.rstd != NULL:
+        finish_moments(channels, count, job.eps, job.var + ch, job.var + ch, job.rstd + ch)
+    return again
 
 
 # ---- all of it ---------------------------------------------------------------------------------------------------
@@ -482,9 +507,11 @@ cdef void whole_tile(const Job* job, Py_ssize_t tile, int thread) noexcept nogil
     cdef Py_ssize_t b
     if job.dy.data != NULL:
         prepare(job, tile, False, thread)
-    for b in range(job.blocks):
-        sum_block(job, b, tile, thread)
-    finish_channels(job, tile * job.tile, channels_of(job, tile))
+    for _ in range(2):
+        for b in range(job.blocks):
+            sum_block(job, b, tile, thread)
+        if not finish_channels(job, tile * job.tile, channels_of(job, tile)):
+            break
     if job.out.data == NULL:
         return
     prepare(job, tile, job.dy.data != NULL, thread)
@@ -532,14 +559,19 @@ cdef void write_all(const Job* job) noexcept nogil:
 
 cdef void sum_and_write(const Job* job) noexcept nogil:
     cdef Py_ssize_t tile
+    if job.dy.data == NULL and job.by_columns and job.x.s == 1:
+        guess = job.spans.precise_columns if job.out.data == NULL else job.spans.guess_columns
+        guess(job.x.data, job.x.n, job.x.n_stride, job.x.c, <double*> job.shifts + job.x.c, job.shifts)
     if tile_by_tile(job):
         share_out(job, whole_tile, job.tiles, False)
         return
     if job.dy.data != NULL and not job.by_columns:
         for tile in range(job.tiles):
             prepare(job, tile, False, 0)
-    share_out(job, sum_task, job.blocks * job.tiles, False)
-    finish_channels(job, 0, job.x.c)
+    for _ in range(2):
+        share_out(job, sum_task, job.blocks * job.tiles, False)
+        if not finish_channels(job, 0, job.x.c):
+            break
     if job.out.data != NULL:
         write_all(job)
 
@@ -579,11 +611,13 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, bit
 
 
 cdef void use_bits(Job* job, tuple bits) noexcept:
-    # bits: (memory, view) of layout.bits_like, the view canonical. Threads may share bytes where channels do not
-    # begin them: only a batch of fewer than TREE short runs is laid out so.
+    # bits: (memory, canonical view) of layout.Bits. One thread where tasks would share bytes: by runs where channels do
+    # not begin them (a batch of fewer than TREE short runs), by columns where rows or tiles do not (odd outputs).
+    cdef Py_ssize_t apart
     job.memory = <cnp.uint8_t*> cnp.PyArray_DATA(<cnp.ndarray> bits[0])
     job.bits = view_of(bits[1])
-    if not job.by_columns and job.bits.c_stride % 8 != 0:
+    apart = job.bits.n_stride | (job.tile * job.bits.c_stride if job.tiles > 1 else 0)
+    if (apart if job.by_columns else job.bits.c_stride) % 8 != 0:
         job.threads = 1
 
 

@@ -8,7 +8,6 @@ Compiled, as check is.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided

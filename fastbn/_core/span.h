@@ -40,7 +40,7 @@ INLINE VREAL FN(parameter)(const R *p, ptrdiff_t i, const int varying) {
     return v;
 }
 INLINE VREAL FN(load_few)(const T *p, ptrdiff_t n) { /* n values, fewer than W, and zeros */
-    T b[VECTOR_BYTES] = {0};
+    T b[VECTOR_BYTES / sizeof(R)] = {0};
     memcpy(b, p, n * sizeof(T));
     return FN(load)(b);
 }
@@ -208,70 +208,143 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
     sums[1] = sum_lanes(s2);
 }
 
-/* Where to shift to: 0 where the mean is less than a standard deviation, for then x - 0 is exact, else the mean. From a
- * few values all over the rows; the mean of equal ones is exact. */
+/* Where to shift to, from some values: 0 where the mean is small against the standard deviation, for then x - 0 is exact,
+ * else the mean in R. Values are added as a tree and in float64, so the mean of equal ones is exact. */
+INLINE R FN(shift)(double mean, double square_mean) {
+    const int small = mean * mean <= SHIFT_LIMIT / (1 + SHIFT_LIMIT) * square_mean;
+    return (R)(small & (square_mean > 0) & (square_mean <= DBL_MAX) ? 0 : mean);
+}
+
+enum { FN(SAMPLES) = TREE * SAMPLE_TREES };
+
+/* From up to LANES neighbours at SAMPLES places all over the rows of a channel */
 INLINE R FN(guess)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len) {
-    const ptrdiff_t n = rows * len, few = n >= 4096 ? 16 : n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
-    double sum = 0, squares = 0;
-    for (ptrdiff_t i = 0; i < few; i++) {
-        const ptrdiff_t at = i * n / few;
-        const double v = FN(first)((const T *)(x + at / len * stride) + at % len) / (double)few;
-        sum += v;
-        squares += v * v * (double)few;
-    }
-    return 2 * sum * sum <= squares ? 0 : (R)sum;
-}
-
-/* The same for a vector of columns */
-INLINE void FN(guess_columns)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t left, R *K) {
-    VREAL sum = {0}, squares = {0};
+    const ptrdiff_t take = len >= 16 ? 16 : len >= 8 ? 8 : len >= 4 ? 4 : len >= 2 ? 2 : 1, chunks = len / take;
+    vdouble sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
+    for (ptrdiff_t t = 0; t < SAMPLE_TREES; t++)
 #pragma GCC unroll 8
-    for (ptrdiff_t i = 0; i < TREE; i++) {
-        const T *p = (const T *)(x + i * rows / TREE * stride) + j;
-        const VREAL v = (left < W ? FN(load_few)(p, left) : FN(load)(p)) / (R)TREE;
-        sum += v;
-        squares += v * v * (R)TREE;
-    }
-    const VREAL k = (VREAL)((FN(vmask))sum & ~(2 * sum * sum <= squares));
-    memcpy(K + j, &k, sizeof k);
+        for (int v = 0; v < LANES / W; v++) {
+            VREAL d[TREE];
+#pragma GCC unroll 8
+            for (int g = 0; g < TREE; g++) {
+                const ptrdiff_t k = t * TREE + g, row = k * rows / FN(SAMPLES), chunk = k * 5 % FN(SAMPLES) * chunks / FN(SAMPLES);
+                const T *p = (const T *)(x + row * stride) + chunk * take;
+                const ptrdiff_t left = take - v * W;
+                d[g] = (left >= W ? FN(load)(p + v * W) : left > 0 ? FN(load_few)(p + v * W, left) : (VREAL){0}) / (R)TREE;
+            }
+            FN(add_tree)(d, TREE);
+            FN(accumulate)(sum + v * (W / WIDE), d[0]);
+            for (int q = 0; q < W / WIDE; q++) {
+                const vdouble wide = FN(widen)(d[0], q);
+                squares[v * (W / WIDE) + q] += wide * wide;
+            }
+        }
+    const double count = (double)(take * SAMPLE_TREES);
+    return FN(shift)(sum_lanes(sum) / count, sum_lanes(squares) / count);
+}
+/* The same for each column of an array, from rows all over it, or, where it is small and parts of it are in other cores'
+ * caches, the first ones. work: 2·(c + LANES) */
+static void FN(guess_columns)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, double *restrict work,
+                              void *shifts) {
+    const ptrdiff_t most = SAMPLE_TREES == 1 ? 1 : 4 * SAMPLE_TREES, wanted = rows / (rows <= 8 * TREE ? TREE : 4 * TREE);
+    const ptrdiff_t trees = wanted < 1 ? 1 : wanted < most ? wanted : most;
+    const ptrdiff_t step = (rows * c > SPREAD_FROM || rows < TREE ? rows / (TREE * trees) : 1) * stride;
+    const double share = 1 / (double)trees;
+    double *restrict sums = work, *restrict squares = work + c + LANES;
+    R *restrict K = (R *)shifts;
+    memset(work, 0, 2 * (c + LANES) * sizeof(double));
+    for (ptrdiff_t t = 0; t < trees; t++)
+        for (ptrdiff_t j = 0; j < c; j += W) {
+            VREAL d[TREE];
+#pragma GCC unroll 8
+            for (int g = 0; g < TREE; g++) {
+                const T *p = (const T *)(x + (t * TREE + g) * step) + j;
+                d[g] = (c - j < W ? FN(load_few)(p, c - j) : FN(load)(p)) / (R)TREE;
+            }
+            FN(add_tree)(d, TREE);
+            FN(add_to_columns)(sums + j, d[0]);
+            for (int q = 0; q < W / WIDE; q++) {
+                const vdouble wide = FN(widen)(d[0], q);
+                store_wide(squares + j + q * WIDE, load_wide(squares + j + q * WIDE) + wide * wide);
+            }
+        }
+    for (ptrdiff_t i = 0; i < c; i++) K[i] = FN(shift)(sums[i] * share, squares[i] * share);
 }
 
-/* A power of two that brings the largest |x - K| near 1; 0 if there is no other value than K */
+/* Shift to the mean where it turned out too far from the shift; returns whether it did anywhere. */
+static int FN(improve_shifts)(ptrdiff_t c, const double *mean, const double *m2, double count, void *shifts) {
+    R *K = (R *)shifts;
+    int far = 0;
+    for (ptrdiff_t i = 0; i < c; i++) {
+        const double d = mean[i] - K[i];
+        const R better = (R)mean[i];
+        if (!(d * d > SHIFT_LIMIT * (m2[i] / count)) || better == K[i] || better - better != 0) continue;
+        K[i] = better;
+        far = 1;
+    }
+    return far;
+}
+
+/* A power of two that brings the largest of some bits of |x - K| near 1; 0 if there is no other value than K */
+INLINE R FN(factor)(RBITS most) {
+    R value;
+    int exponent;
+    memcpy(&value, &most, sizeof value);
+    if (!(value > 0 && value <= REAL_MAX)) return value == 0 ? 0 : 1;
+    frexp((double)value, &exponent);
+    return (R)ldexp(1, -exponent > RANGE ? RANGE : -exponent < -RANGE ? -RANGE : -exponent);
+}
+
+/* The larger of two vectors of bits without their sign */
+INLINE FN(vbits) FN(larger)(FN(vbits) top, VREAL d) {
+    const FN(vbits) size = (FN(vbits))d << 1 >> 1, above = (FN(vbits))(size > top);
+    return (size & above) | (top & ~above);
+}
+
+/* The factor of a channel, rows of len values */
 static R FN(range)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, R K) {
     const VREAL k = K - (VREAL){0};
     FN(vbits) top = {0};
-    R values[VECTOR_BYTES / sizeof(R)], most = 0;
+    RBITS most = 0;
     for (ptrdiff_t row = 0; row < rows; row++)
         for (ptrdiff_t i = 0; i < len; i += W) {
             const T *p = (const T *)(x + row * stride) + i;
             const ptrdiff_t left = len - i;
             VREAL d = (left < W ? FN(load_few)(p, left) : FN(load)(p)) - k;
             if (left < W) d = FN(keep)(d, FN(KEEP) + 2 * LANES - left);
-            const FN(vbits) size = (FN(vbits))d << 1, larger = (FN(vbits))(size > top); /* without the sign */
-            top = (size & larger) | (top & ~larger);
+            top = FN(larger)(top, d);
         }
-    top >>= 1;
-    memcpy(values, &top, sizeof values);
-    for (int i = 0; i < W; i++) most = values[i] <= most ? most : values[i];
-    if (!(most > 0 && most <= REAL_MAX)) return most == 0 ? 0 : 1;
-    int exponent;
-    frexp((double)most, &exponent);
-    return (R)ldexp(1, -exponent > RANGE ? RANGE : -exponent < -RANGE ? -RANGE : -exponent);
+    for (int i = 0; i < W; i++) most = top[i] > most ? top[i] : most;
+    return FN(factor)(most);
+}
+
+/* The factors of columns */
+static void FN(range_columns)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t width, const R *K, R *factors) {
+    for (ptrdiff_t j = 0; j < width; j += W) {
+        const VREAL k = FN(parameter)(K, j, 1);
+        FN(vbits) top = {0};
+        for (ptrdiff_t row = 0; row < rows; row++) {
+            const T *p = (const T *)(x + row * stride) + j;
+            top = FN(larger)(top, (width - j < W ? FN(load_few)(p, width - j) : FN(load)(p)) - k);
+        }
+        for (ptrdiff_t i = 0; i < W && j + i < width; i++) factors[j + i] = FN(factor)(top[i]);
+    }
 }
 
 /* Mean and M2 of c channels from the sums of their differences from K, of s columns each. The error grows with
- * (K - mean)²/var, and squares may leave R's range: there M2 is -1. Returns whether that happened. */
-INLINE int FN(block_moments)(ptrdiff_t c, const ptrdiff_t s, double count, const R *restrict K,
+ * (K - mean)²/var: where that is large M2 is FAR, unless all blocks share the K and improve_shifts judges it; where
+ * squares may leave R's range M2 is OUT. Returns whether any is. */
+INLINE int FN(block_moments)(ptrdiff_t c, const ptrdiff_t s, const int shared, double count, const R *restrict K,
                              const double *restrict s1, const double *restrict s2, double *restrict mean,
                              double *restrict m2) {
-    const double least = SMALLEST_VAR * count;
+    const double least = SMALLEST_VAR > 0 ? SMALLEST_VAR * count : DBL_MIN;
     int again = 0;
     for (ptrdiff_t i = 0; i < c; i++) {
         const double shift = s1[i] / count, lost = s1[i] * shift, m = s2[i] < lost ? 0 : s2[i] - lost;
-        const int bad = (lost > SHIFT_LIMIT * m) | (m < least) | (m > DBL_MAX);
+        const int out = (m < least) | (m > DBL_MAX), far = !shared && lost > SHIFT_LIMIT * m;
         mean[i] = K[i * s] + shift;
-        m2[i] = bad ? -1 : m;
-        again |= bad;
+        m2[i] = out ? OUT : far ? FAR : m;
+        again |= out | far;
     }
     return again;
 }
@@ -291,9 +364,9 @@ static void FN(moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptr
     R K = FN(guess)(x, rows, stride, len);
     double sums[2];
     FN(shifted_sums)(x, rows, stride, len, ahead, K, 1, sums, 0);
-    if (!FN(block_moments)(1, 1, count, &K, sums, sums + 1, mean, m2)) return;
+    if (!FN(block_moments)(1, 1, 0, count, &K, sums, sums + 1, mean, m2)) return;
     K = (R)*mean;
-    const R factor = FN(range)(x, rows, stride, len, K);
+    const R factor = *m2 == FAR ? 1 : FN(range)(x, rows, stride, len, K);
     FN(shifted_sums)(x, rows, stride, len, 0, K, factor, sums, 1);
     FN(scaled_moments)(count, K, factor, sums, sums + 1, mean, m2);
 }
@@ -353,30 +426,38 @@ static void FN(sum_columns)(double *columns, ptrdiff_t c, ptrdiff_t s, ptrdiff_t
 }
 
 /* Mean and M2 of c channels, of s adjacent columns each, over a block of rows; k rows side by side make one row of
- * k·c·s columns. work: 4 arrays of `wide` ≥ k·c·s + LANES. */
+ * k·c·s columns. Single columns come with their shifts. work: 4 arrays of
+ * `wide` ≥ k·c·s + LANES. */
 static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
-                           ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2) {
+                           ptrdiff_t k, const void *shifts, double *work, ptrdiff_t wide, double *mean, double *m2) {
     R *K = (R *)work, *factor = (R *)(work + wide);
     double *s1 = work + 2 * wide, *s2 = s1 + wide;
     const double count = (double)rows * (double)s;
     const ptrdiff_t w = c * s, run = s * (ptrdiff_t)sizeof(T), whole = rows / k, left = rows % k;
     const int dense = c_stride == run, together = dense && stride == w * (ptrdiff_t)sizeof(T);
-    ptrdiff_t begun = 0;
-    if (s == 1 && dense && rows >= TREE)
-        for (; begun < c; begun += W) FN(guess_columns)(x, rows, stride, begun, c - begun, K);
-    for (ptrdiff_t ch = begun; ch < c; ch++) {
-        const R value = FN(guess)(x + ch * c_stride, rows, stride, s);
+    for (ptrdiff_t ch = 0; ch < c; ch++) {
+        const R value = s == 1 ? ((const R *)shifts)[ch] : FN(guess)(x + ch * c_stride, rows, stride, s);
         for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = value;
     }
     for (ptrdiff_t first = 0, end = c, scaled = 0; first < c; first = end) {
-        if (scaled) { /* the next channels that were marked */
+        if (scaled) { /* the next channels that were marked, single columns with the others of their vectors */
             while (first < c && !(m2[first] < 0)) first++;
-            end = first;
-            for (; end < c && m2[end] < 0; end++) {
-                const R value = (R)mean[end], f = FN(range)(x + end * c_stride, rows, stride, s, value);
-                for (ptrdiff_t j = 0; j < s; j++) K[end * s + j] = value, factor[end * s + j] = f;
+            if (first == c) return;
+            for (end = first + 1; end < c && m2[end] < 0;) end++;
+            if (s == 1) {
+                first -= first % LANES;
+                end = end + LANES - 1 - (end + LANES - 1) % LANES < c ? end + LANES - 1 - (end + LANES - 1) % LANES : c;
             }
-            if (first == end) return;
+            int out = 0;
+            for (ptrdiff_t ch = first; ch < end; ch++) {
+                out |= m2[ch] == OUT;
+                for (ptrdiff_t j = 0; j < s; j++) K[ch * s + j] = (R)mean[ch], factor[ch * s + j] = 1;
+            }
+            if (out && s == 1) FN(range_columns)(x + first * c_stride, rows, stride, end - first, K + first, factor + first);
+            for (ptrdiff_t ch = first; out && s > 1 && ch < end; ch++) {
+                const R f = FN(range)(x + ch * c_stride, rows, stride, s, K[ch * s]);
+                for (ptrdiff_t j = 0; j < s; j++) factor[ch * s + j] = f;
+            }
         }
         for (ptrdiff_t j = w; j < wide; j++) K[j] = K[j - w];
         for (ptrdiff_t j = w; scaled && j < wide; j++) factor[j] = factor[j - w];
@@ -395,11 +476,11 @@ static void FN(moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrd
         FN(sum_columns)(s2, c, s, k);
         if (scaled) {
             for (ptrdiff_t ch = first; ch < end; ch++)
-                FN(scaled_moments)(count, K[ch * s], factor[ch * s], s1 + ch, s2 + ch, mean + ch, m2 + ch);
+                if (m2[ch] < 0) FN(scaled_moments)(count, K[ch * s], factor[ch * s], s1 + ch, s2 + ch, mean + ch, m2 + ch);
             continue;
         }
-        if (!(s == 1 ? FN(block_moments)(c, 1, count, K, s1, s2, mean, m2)
-                     : FN(block_moments)(c, s, count, K, s1, s2, mean, m2)))
+        if (!(s == 1 ? FN(block_moments)(c, 1, 1, count, K, s1, s2, mean, m2)
+                     : FN(block_moments)(c, s, 0, count, K, s1, s2, mean, m2)))
             return;
         scaled = 1;
         end = 0;
@@ -776,8 +857,8 @@ static void FN(backward)(const char *dy, ptrdiff_t dy_stride, const char *x, ptr
 }
 
 static const span_table FN(spans) = {
-    sizeof(T), sizeof(R), FN(prepare), FN(expand), FN(moments_ncs), FN(moments_rc), PRECISE(moments_ncs),
-    PRECISE(moments_rc), FN(normalize), FN(reduce_ncs),
+    sizeof(T), sizeof(R), FN(prepare), FN(expand), FN(guess_columns), FN(improve_shifts), FN(moments_ncs), FN(moments_rc), PRECISE(guess_columns),
+    PRECISE(improve_shifts), PRECISE(moments_ncs), PRECISE(moments_rc), FN(normalize), FN(reduce_ncs),
     FN(reduce_rc), FN(dgamma), FN(backward), FN(join), FN(mask),
 };
 #endif

@@ -11,7 +11,8 @@
 /* Parameters of a channel, as the element-wise spans read them */
 enum parameter { HI, SCALE, SHIFT, RSTD, DBETA_MEAN, DGAMMA_MEAN, PARAMETERS };
 
-enum { TREE = 8 }; /* values added as a tree before float64: vectors of a run, or rows of a column */
+enum { TREE = 8, FAR = -1, OUT = -2, SPREAD_FROM = 1 << 20 }; /* TREE values are added before float64: vectors of a run, or rows of
+ * a column. FAR, OUT: an M2 that is not good enough, see block_moments. */
 
 typedef struct {
     ptrdiff_t itemsize;      /* of the arrays */
@@ -19,14 +20,20 @@ typedef struct {
     void (*prepare)(ptrdiff_t c, const double *mean, const double *rstd, const double *gamma, const double *beta,
                     const double *dbeta_mean, const double *dgamma_mean, void *parameters, ptrdiff_t pitch);
     void (*expand)(void *parameters, ptrdiff_t pitch, int count, ptrdiff_t c, ptrdiff_t s, ptrdiff_t total);
+    void (*guess_columns)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, double *work,
+                          void *shifts);
+    int (*improve_shifts)(ptrdiff_t c, const double *mean, const double *m2, double count, void *shifts);
     void (*moments_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
                         double *m2);
     void (*moments_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
-                       ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
+                       ptrdiff_t k, const void *shifts, double *work, ptrdiff_t wide, double *mean, double *m2);
+    void (*precise_columns)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c, double *work,
+                          void *shifts);
+    int (*precise_improve)(ptrdiff_t c, const double *mean, const double *m2, double count, void *shifts);
     void (*precise_ncs)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len, ptrdiff_t ahead, double *mean,
                         double *m2);
     void (*precise_rc)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t c_stride, ptrdiff_t c, ptrdiff_t s,
-                       ptrdiff_t k, double *work, ptrdiff_t wide, double *mean, double *m2);
+                       ptrdiff_t k, const void *shifts, double *work, ptrdiff_t wide, double *mean, double *m2);
     void (*normalize)(const char *x, ptrdiff_t x_stride, const char *residual, ptrdiff_t residual_stride, char *y,
                       ptrdiff_t y_stride, ptrdiff_t rows, ptrdiff_t n, const void *parameters, ptrdiff_t pitch,
                       ptrdiff_t step, ptrdiff_t ahead, int varying, int relu, int stream);
@@ -80,6 +87,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define REAL_MAX DBL_MAX
 #define SUBTRACT subtract_double
 #define SHIFT_LIMIT 4
+#define SAMPLE_TREES 1
 #define SMALLEST_VAR 0
 #define RANGE 1000
 
@@ -132,6 +140,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #undef REAL_MAX
 #undef SUBTRACT
 #undef SHIFT_LIMIT
+#undef SAMPLE_TREES
 #undef SMALLEST_VAR
 #undef RANGE
 
@@ -142,7 +151,8 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #define WIDEN widen_float
 #define REAL_MAX FLT_MAX
 #define SUBTRACT subtract_float
-#define SHIFT_LIMIT 2
+#define SHIFT_LIMIT 0.2
+#define SAMPLE_TREES 4
 #define SMALLEST_VAR 1e-36
 #define RANGE 120
 
@@ -191,6 +201,7 @@ static void finish_moments(ptrdiff_t c, double count, double eps, const double *
 #undef REAL_MAX
 #undef SUBTRACT
 #undef SHIFT_LIMIT
+#undef SAMPLE_TREES
 #undef SMALLEST_VAR
 #undef RANGE
 
