@@ -215,19 +215,18 @@ INLINE R FN(shift)(double mean, double square_mean) {
     return (R)(small & (square_mean > 0) & (square_mean <= DBL_MAX) ? 0 : mean);
 }
 
-enum { FN(SAMPLES) = TREE * SAMPLE_TREES };
-
-/* From up to LANES neighbours at SAMPLES places all over the rows of a channel */
+/* From up to LANES neighbours at TREE places all over the rows of a channel, at SAMPLE_TREES as many in a large block */
 INLINE R FN(guess)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len) {
     const ptrdiff_t take = len >= 16 ? 16 : len >= 8 ? 8 : len >= 4 ? 4 : len >= 2 ? 2 : 1, chunks = len / take;
+    const ptrdiff_t trees = rows * len >= LARGE_BLOCK ? SAMPLE_TREES : 1, places = trees * TREE;
     vdouble sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
-    for (ptrdiff_t t = 0; t < SAMPLE_TREES; t++)
+    for (ptrdiff_t t = 0; t < trees; t++)
 #pragma GCC unroll 8
         for (int v = 0; v < LANES / W; v++) {
             VREAL d[TREE];
 #pragma GCC unroll 8
             for (int g = 0; g < TREE; g++) {
-                const ptrdiff_t k = t * TREE + g, row = k * rows / FN(SAMPLES), chunk = k * 5 % FN(SAMPLES) * chunks / FN(SAMPLES);
+                const ptrdiff_t k = t * TREE + g, row = k * rows / places, chunk = k * 5 % places * chunks / places;
                 const T *p = (const T *)(x + row * stride) + chunk * take;
                 const ptrdiff_t left = take - v * W;
                 d[g] = (left >= W ? FN(load)(p + v * W) : left > 0 ? FN(load_few)(p + v * W, left) : (VREAL){0}) / (R)TREE;
@@ -239,7 +238,7 @@ INLINE R FN(guess)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t le
                 squares[v * (W / WIDE) + q] += wide * wide;
             }
         }
-    const double count = (double)(take * SAMPLE_TREES);
+    const double count = (double)(take * trees);
     return FN(shift)(sum_lanes(sum) / count, sum_lanes(squares) / count);
 }
 /* The same for each column of an array, from rows all over it, or, where it is small and parts of it are in other cores'

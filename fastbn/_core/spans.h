@@ -11,7 +11,7 @@
 /* Parameters of a channel, as the element-wise spans read them */
 enum parameter { HI, SCALE, SHIFT, RSTD, DBETA_MEAN, DGAMMA_MEAN, PARAMETERS };
 
-enum { TREE = 8, FAR = -1, OUT = -2, SPREAD_FROM = 1 << 20 }; /* TREE values are added before float64: vectors of a run, or rows of
+enum { TREE = 8, FAR = -1, OUT = -2, SPREAD_FROM = 1 << 20, LARGE_BLOCK = 8192 }; /* TREE values are added before float64: vectors of a run, or rows of
  * a column. FAR, OUT: an M2 that is not good enough, see block_moments. */
 
 typedef struct {
