@@ -126,7 +126,7 @@ class OneDNN(Peer):
     @staticmethod
     def check(status: int) -> None:
         if status == UNIMPLEMENTED:
-            raise NotImplementedError
+            raise NotImplementedError("oneDNN has no implementation of this on this CPU")
         if status:
             raise RuntimeError(f"oneDNN: status {status}")
 
@@ -145,7 +145,7 @@ class OneDNN(Peer):
 
     def pack(self, array: np.ndarray) -> np.ndarray:
         """Return a new array with the values of `array`, (N, C, …), in this layout's order in memory."""
-        raise NotImplementedError
+        raise NotImplementedError("each layout packs its own way")
 
     def norm(self, case: NormCase) -> Call | None:
         if case.dtype not in DTYPES or not case.preallocated:

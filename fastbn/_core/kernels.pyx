@@ -153,7 +153,7 @@ cdef struct Job:
     double eps
     # scratch
     double* first                # (blocks, c): mean, or Σdy, of each block
-    double* second               # (blocks, c): M2, or Σdy·(x - mean)
+    double* second               # (blocks, c): M2, or Σdy·x̂
     double* dbeta_mean           # (c,)
     double* dgamma_mean          # (c,)
     char* shifts                 # rc: of each channel, where its sums are shifted to; then room for 2 (c + LANES)
@@ -161,7 +161,7 @@ cdef struct Job:
     Py_ssize_t wide
     char* parameters             # (PARAMETERS, pitch) of each channel by runs, of each thread by columns
     Py_ssize_t pitch
-    Py_ssize_t* prepared         # by columns: the tile whose parameters each thread has, or -1
+    Py_ssize_t* prepared         # by columns: 2·tile + backward of each thread's parameters, or -1
     # how
     int relu, frozen, stream, prefetch, threads
 

@@ -8,7 +8,7 @@
  *   SHIFT_LIMIT, SMALLEST_VAR, RANGE (see block_moments and range)
  *   WIDEN    vector of R -> vector of float64      PRECISE(name)  the function for statistics in float64
  * and, where R serves statistics only, STATISTICS_ONLY.
- * Statistics and reductions are summed in float64, element-wise results are computed in R.
+ * Element-wise results are computed in R, sums in R for TREE values and in float64 from there on.
  * A span along one channel (layout ncs) has one set of parameters; a span across channels (layout rc) has one
  * per element: `varying` says which, and is a constant wherever it is used, as `relu`, `stream` … are.
  *
