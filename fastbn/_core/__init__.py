@@ -1,0 +1,3 @@
+"""The compiled room. Importing `dispatch` first says plainly where nothing is compiled."""
+
+from . import dispatch as dispatch
