@@ -31,8 +31,9 @@ canonical problem, a kernel splits it into blocks that the shape alone fixes, a 
 from . import nn, optim
 from ._core.buffers import release_buffers
 from ._version import __version__
+from .affine import BatchNormParams, to_affine
 from .config import show_config
-from .fold import BatchNormParams, fold_conv, fold_into_conv, fold_into_linear, fold_linear, to_affine
+from .fold import fold_conv, fold_into_conv, fold_into_linear, fold_linear
 from .layer import BatchNorm
 from .norm import Gradients, Moments, Saved, batch_norm_backward, batch_norm_infer, batch_norm_train
 from .preprocessing import Standardizer

@@ -14,47 +14,23 @@ about 106 bits: a result is rounded once, whatever cancels on the way; shapes al
 from __future__ import annotations
 
 import operator
-from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
+from decimal import Decimal, localcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .norm import scale_and_shift
+from .affine import EXACT, SIGNIFICAND_BITS, Affine, as_array, as_values, check_finite
 
 __all__ = [
-    "BatchNormParams",
     "FoldReport",
     "Folded",
     "fold_conv",
     "fold_into_conv",
     "fold_into_linear",
     "fold_linear",
-    "to_affine",
 ]
 
-_SIGNIFICAND_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 _BLOCK = 1 << 16  # weights folded at a time: the float64 temporaries stay in L2 however large the layer
-_EXACT = Context(60, ROUND_HALF_EVEN, Emin=-999999, Emax=999999, capitals=1, clamp=0, flags=[], traps=[])
-
-
-class BatchNormParams(NamedTuple):
-    """Hold one trained BatchNorm over C channels; its values are checked where they are used.
-
-    Parameters
-    ----------
-    gamma, beta : array_like of shape (C,), or None
-        Scale and shift; 1 and 0 where None.
-    mean, var : array_like of shape (C,)
-        The running statistics.
-    eps : float
-        ε ≥ 0, with var + ε positive and finite.
-    """
-
-    gamma: Any
-    beta: Any
-    mean: Any
-    var: Any
-    eps: float = 1e-5
 
 
 class FoldReport(NamedTuple):
@@ -79,43 +55,6 @@ class Folded(NamedTuple):
     bias: np.ndarray
     report: FoldReport
     pad_value: np.ndarray | None = None
-
-
-def to_affine(bn: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scale and shift of `bn` at inference, bn(x) = scale·x + shift per channel.
-
-    scale = gamma/sqrt(var + eps), shift = beta - scale·mean (Ioffe & Szegedy 2015, Algorithm 2, line 11).
-
-    Parameters
-    ----------
-    bn : BatchNormParams, or an object with gamma, beta, running_mean, running_var and eps (a BatchNorm)
-        An activation that a BatchNorm applies afterwards is not part of its affine map.
-
-    Returns
-    -------
-    scale, shift : ndarray of shape (C,), float64
-        What inference itself uses: the formulas above in float64, a few roundings from their true values.
-
-    Raises
-    ------
-    ValueError
-        Shapes differ; mean or var is None; a value is not finite; var + eps is not positive; overflow.
-    TypeError
-        A parameter does not hold real numbers, or `bn` is no BatchNorm.
-
-    Examples
-    --------
-    >>> import fastbn
-    >>> bn = fastbn.BatchNormParams(gamma=[6.0], beta=[1.0], mean=[5.0], var=[4.0], eps=0.0)
-    >>> fastbn.to_affine(bn)
-    (array([3.]), array([-14.]))
-    """
-    gamma, beta, mean, var, eps = _parameters(bn)
-    with np.errstate(all="ignore"):
-        scale, shift = scale_and_shift(mean, var, gamma, beta, eps)
-    for name, values in ("scale", scale), ("shift", shift):
-        _check_finite("bn", values, np.arange(len(values)), f"a {name} that float64 can hold")
-    return scale, shift
 
 
 def fold_linear(weight: Any, bias: Any, bn: Any, *, layout: str | None = "OI") -> Folded:
@@ -160,7 +99,7 @@ def fold_linear(weight: Any, bias: Any, bn: Any, *, layout: str | None = "OI") -
     >>> f.weight.tolist(), f.bias.tolist(), f.report.negative_gamma
     ([[1.0, 2.0], [-2.0, -6.0]], [2.0, 1.0], (1,))
     """
-    weight = _array("weight", weight)
+    weight = as_array("weight", weight)
     return _fold(weight, bias, bn, _linear_layout(layout, weight), bn_last=True)
 
 
@@ -208,7 +147,7 @@ def fold_conv(
     >>> f.weight.tolist(), f.bias.tolist()
     ([[[0.5, 0.25]], [[0.5, 0.25]], [[0.5, 0.25]]], [0.0, 8.0])
     """
-    weight = _array("weight", weight)
+    weight = as_array("weight", weight)
     if not isinstance(transposed, (bool, np.bool_)):
         raise TypeError(f"transposed: expected True or False, got {transposed!r}")
     layout = _conv_layout(layout, weight, transposed)
@@ -253,7 +192,7 @@ def fold_into_linear(
     >>> f.weight.tolist(), f.bias.tolist()
     ([[2.0, 10.0]], [-28.5])
     """
-    weight = _array("weight", weight)
+    weight = as_array("weight", weight)
     layout, repeat = _linear_layout(layout, weight), _positive("repeat", repeat)
     if (n := weight.shape[layout.index("I")]) % repeat:
         raise ValueError(f"repeat: expected a divisor of the {n} inputs of weight, got {repeat}")
@@ -301,7 +240,7 @@ def fold_into_conv(
     >>> f.weight.tolist(), f.bias.tolist(), f.pad_value.tolist()
     ([[[2.0, 2.0, 2.0]]], [-15.0], [2.5])
     """
-    weight = _array("weight", weight)
+    weight = as_array("weight", weight)
     layout = _conv_layout(layout, weight)
     return _fold(weight, bias, bn, layout, bn_last=False, groups=groups, padding=padding)
 
@@ -312,12 +251,12 @@ def fold_into_conv(
 def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repeat=1, padding=0):
     """Scale `weight` along BN's channels and move `bias`: the formulas at the head of this file."""
     groups = _check_groups(groups, weight, layout, transposed)
-    dtype = weight.dtype.newbyteorder("=") if weight.dtype.name in _SIGNIFICAND_BITS else np.dtype(np.float64)
+    dtype = weight.dtype.newbyteorder("=") if weight.dtype.name in SIGNIFICAND_BITS else np.dtype(np.float64)
     folded = np.empty(weight.shape, dtype)
     old, new = (_canonical(w, layout, groups, transposed, repeat) for w in (weight, folded))  # both are views
     n_groups, n_out, n_in = old.shape[:3]
     output_channel = np.arange(n_groups * n_out).reshape(n_groups, n_out)
-    bias = np.zeros(output_channel.size) if bias is None else _values("bias", bias, (output_channel.size,))
+    bias = np.zeros(output_channel.size) if bias is None else as_values("bias", bias, (output_channel.size,))
     padded = _is_padded(padding, old.shape[3:])
 
     if (activation := getattr(bn, "activation", None)) is not None:
@@ -326,8 +265,13 @@ def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repe
             "BatchNormParams(bn.gamma, bn.beta, bn.running_mean, bn.running_var, bn.eps)"
         )
     of = f": one value per {'output' if bn_last else 'input'} channel of weight, whose layout is {layout!r}"
-    params = _parameters(bn, n_groups * (n_out if bn_last else n_in), of)
-    scale, shift = _exact_scale_and_shift(params)
+    channels = n_groups * (n_out if bn_last else n_in)
+    affine = bn if isinstance(bn, Affine) else Affine.of(bn, channels, of)
+    if len(affine) != channels:
+        raise ValueError(f"bn: expected {channels} channels, got {len(affine)}{of}")
+    scale, shift = affine.scale, affine.shift
+    zero = tuple(c for c, s in enumerate(scale) if s == 0)  # as gamma is: 60 digits do not underflow
+    negative = tuple(c for c, s in enumerate(scale) if s < 0)
     pad_value = _pad_value(scale, shift) if padded else None
     per_channel = (2, n_groups, n_out, 1) if bn_last else (2, n_groups, 1, n_in)
     per_channel += (1,) * (old.ndim - 3)
@@ -339,7 +283,7 @@ def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repe
             parts = (slice(None), *block)  # of a pair
             here = parts if bn_last else parts[:2]
             w, channel = old[block].astype(np.float64, order="C"), output_channel[block]
-            _check_finite("weight", w, channel, "finite values", "output channel")
+            check_finite("weight", w, channel, "finite values", "output channel")
             new[block] = _round("weight", _multiply(w, scale[here]), dtype, channel)
             if not bn_last:
                 sums[parts] = _sum(_multiply(w, shift[here]), channel.shape)
@@ -352,8 +296,7 @@ def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repe
             total = _add((bias, np.zeros_like(bias)), sums.reshape(2, -1))
         new_bias = _round("bias", total, dtype, output_channel.reshape(-1))
 
-    gamma, sizes = np.ones(1) if params.gamma is None else params.gamma, np.abs(scale[0])
-    zero, negative = (tuple(np.flatnonzero(found).tolist()) for found in (gamma == 0, gamma < 0))
+    sizes = np.abs(scale[0])
     report = FoldReport(change, float(sizes.max()), float(sizes.min()), zero, negative)
     return Folded(folded, new_bias, report, pad_value)
 
@@ -383,23 +326,10 @@ def _blocks(shape):
             yield slice(g, g + groups), slice(o, o + outs)
 
 
-def _exact_scale_and_shift(params):
-    """Return scale and shift to 60 digits, as lists of Decimal: float64 would round both too early."""
-    gamma, beta, mean, var, eps = params
-    gamma = np.ones_like(mean) if gamma is None else gamma
-    beta = np.zeros_like(mean) if beta is None else beta
-    scale, shift = [], []
-    with localcontext(_EXACT):
-        for g, b, m, v in zip(gamma.tolist(), beta.tolist(), mean.tolist(), var.tolist(), strict=True):
-            scale.append(Decimal(g) / (Decimal(v) + Decimal(eps)).sqrt())
-            shift.append(Decimal(b) - scale[-1] * Decimal(m))
-    return scale, shift
-
-
 def _pad_value(scale, shift):
     """Return -shift/scale, the input that BN maps to zero, as float64 of shape (C,)."""
     exact = []
-    with localcontext(_EXACT):
+    with localcontext(EXACT):
         for channel, (s, t) in enumerate(zip(scale, shift, strict=True)):
             if s == 0 and t != 0:
                 raise ValueError(
@@ -415,8 +345,8 @@ def _pad_value(scale, shift):
 
 def _pair(name, exact):
     hi = np.array([float(x) for x in exact])
-    _check_finite("bn", hi, np.arange(len(hi)), f"a {name} that float64 can hold")
-    with localcontext(_EXACT):
+    check_finite("bn", hi, np.arange(len(hi)), f"a {name} that float64 can hold")
+    with localcontext(EXACT):
         return np.stack([hi, [float(x - Decimal(h)) for x, h in zip(exact, hi.tolist(), strict=True)]])
 
 
@@ -467,87 +397,15 @@ def _round(name, pair, dtype, channel):
         # So cut to three bits more than the dtype has, the last set if anything was cut (round to odd): any
         # rounding to nearest after that goes as it would from the exact sum (Boldo & Melquiond 2008).
         bits = hi.view(np.int64) - ((lo != 0) & (np.signbit(lo) != np.signbit(hi)))  # towards zero
-        unit = np.int64(1 << (53 - 3 - _SIGNIFICAND_BITS[dtype.name]))
+        unit = np.int64(1 << (53 - 3 - SIGNIFICAND_BITS[dtype.name]))
         cut = (lo != 0) | ((bits & (unit - 1)) != 0)
         rounded = (bits & -unit | cut * unit).view(np.float64).astype(dtype)
     got = np.where(np.isnan(hi), np.inf, hi)  # where x·hi overflows, its error is nan
-    _check_finite(name, rounded, channel, f"values that {dtype.name} can hold", "output channel", got)
+    check_finite(name, rounded, channel, f"values that {dtype.name} can hold", "output channel", got)
     return rounded
 
 
 # What may come in ------------------------------------------------------------------------------------------
-
-
-def _array(name, value):
-    """View `value` as an array of real numbers."""
-    if value is None:
-        raise ValueError(f"{name}: expected an array, got None")
-    try:
-        only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
-        array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: expected an array, got {error}") from error
-    except (TypeError, RuntimeError, BufferError) as error:
-        raise TypeError(f"{name}: expected something NumPy can view as an array, got {error}") from error
-    if array.dtype.kind not in "iu" and array.dtype.name not in _SIGNIFICAND_BITS:
-        raise TypeError(f"{name}: expected {', '.join(_SIGNIFICAND_BITS)} or integers, got {array.dtype}")
-    return array
-
-
-def _values(name, value, shape):
-    """Copy `value` to finite float64 of the given shape."""
-    array = _array(name, value)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    array = array.astype(np.float64)
-    _check_finite(name, array, np.arange(array.size), "finite values")
-    return array
-
-
-def _check_finite(name, values, channel, expected, kind="channel", got=None):
-    """Raise at the first value that is not finite; `channel` numbers the leading axes of `values`."""
-    if not (finite := np.isfinite(values)).all():
-        where = np.unravel_index(np.argmin(finite), finite.shape)
-        got, at = (values if got is None else got)[where], channel[where[: channel.ndim]]
-        raise ValueError(f"{name}: expected {expected}, got {got} in {kind} {at}")
-
-
-def _parameters(bn, channels=None, of=""):
-    """Read and check `bn`: float64 arrays of shape (channels,), `of` says what these are; None: of mean's own shape."""
-    names = BatchNormParams._fields
-    if not isinstance(bn, BatchNormParams):
-        names = "gamma", "beta", "running_mean", "running_var", "eps"
-        if missing := [name for name in names if not hasattr(bn, name)]:
-            kind = type(bn).__name__
-            raise TypeError(f"bn: expected BatchNormParams or BatchNorm, got {kind} without {missing[0]}")
-    gamma, beta, mean, var, eps = (getattr(bn, name) for name in names)
-    mean_name, var_name = names[2:4]
-    if mean is None or var is None:
-        name = mean_name if mean is None else var_name
-        raise ValueError(
-            f"{name}: expected running statistics, got None (track_running_stats=False has none)"
-        )
-
-    eps, mean, own_var = _array("eps", eps), _array(mean_name, mean), _array(var_name, var)
-    if eps.ndim or not 0 <= float(eps) < np.inf:
-        raise ValueError(f"eps: expected one finite number >= 0, got {eps}")
-    if channels is None and (mean.ndim != 1 or not mean.size):
-        raise ValueError(f"{mean_name}: expected shape (C,), got {mean.shape}")
-    shape = mean.shape if channels is None else (channels,)
-    if mean.shape != shape:
-        raise ValueError(f"{mean_name}: expected shape {shape}, got {mean.shape}{of}")
-    mean, var = _values(mean_name, mean, shape), _values(var_name, own_var, shape)
-    gamma = None if gamma is None else _values("gamma", gamma, shape)
-    beta = None if beta is None else _values("beta", beta, shape)
-
-    with np.errstate(all="ignore"):
-        total = var + float(eps)
-        # Where eps cancels a negative var in var's own precision (float32 -1e-5), eps's rounding is left.
-        positive = (total > 0) & ((var >= 0) | (own_var + eps.astype(own_var.dtype) > 0))
-    total[~positive] = np.nan
-    expected = f"var + eps positive and finite with eps = {eps}"
-    _check_finite(var_name, total, np.arange(total.size), expected, got=var)
-    return BatchNormParams(gamma, beta, mean, var, float(eps))
 
 
 def _linear_layout(layout, weight):

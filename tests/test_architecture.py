@@ -23,6 +23,7 @@ ROWS = [
     {"demo", "interop"},
     {"nn"},
     {"layer", "fold", "optim", "preprocessing", "config"},
+    {"affine"},
     {"norm", "schedules"},
     {"threads"},
     {"_core"},

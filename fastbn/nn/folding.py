@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ..fold import BatchNormParams, fold_into_linear, fold_linear
+from ..affine import BatchNormParams
+from ..fold import fold_into_linear, fold_linear
 from .activations import ReLU, Sigmoid, Tanh
 from .layers import BatchNorm, Dense, Standardizer
 
