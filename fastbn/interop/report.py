@@ -35,7 +35,7 @@ class ModelReport:
     decisions : tuple of Decision
         One for each BatchNorm, in the order of the model.
     nodes_before, nodes_after : int
-        Nodes of the graph (ONNX), operations (PyTorch), layers (Keras), arrays (state dicts).
+        Nodes that are not constant (ONNX), operations (PyTorch), layers (Keras), arrays (state dicts).
     parameters_before, parameters_after : int
         Numbers held as weights, biases, BatchNorm's parameters and statistics.
     """
