@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _ARGUMENTS = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-_ARGUMENTS.add_argument("what", nargs="*", help="norm, optim, fold (default: all three), or thresholds alone")
+_ARGUMENTS.add_argument("what", nargs="*", help="norm, optim, fold (default: all three); models or thresholds alone")
 _ARGUMENTS.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the norm cases (default %(default)s)")
 _ARGUMENTS.add_argument("--threads", type=int, default=2, help="of every library (default %(default)s)")
 _ARGUMENTS.add_argument("--isa", help="instruction set of fastbn, as FASTBN_ISA")
@@ -100,6 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         thresholds(options.threads, rounds)
         return 0
+    if options.what == ["models"]:
+        from .models import main as models
+
+        return models(options.threads, rounds, markdown=options.markdown, quick=options.quick, json_path=options.json)
     rows = targets.rows(quick=options.quick, cache=caches.L3, threads=options.threads) if options.targets else []
     table = [] if options.targets else _table(options)
     contestants, absent = _contestants(options, {who for row in rows for _, who in row.keys})
@@ -133,8 +137,9 @@ def _check(options: argparse.Namespace) -> None:
         if not folder.is_dir():
             _ARGUMENTS.error(f"--{name}: there is no folder {folder}")
     unknown = set(options.what) - {"norm", "optim", "fold"}
-    if unknown and options.what != ["thresholds"]:
-        _ARGUMENTS.error(f"what: expected norm, optim, fold, or thresholds alone, got {', '.join(sorted(unknown))}")
+    if unknown and options.what not in (["models"], ["thresholds"]):
+        got = ", ".join(sorted(unknown))
+        _ARGUMENTS.error(f"what: expected norm, optim, fold, or models or thresholds alone, got {got}")
     if options.what and options.targets:
         _ARGUMENTS.error("--targets: has cases of its own; leave out what")
 
