@@ -109,6 +109,11 @@ class Affine:
         return Affine(scale, shift)
 
 
+def floating(dtype):
+    """Return the dtype of what is computed from arrays of `dtype`: the same in native byte order, or float64."""
+    return dtype.newbyteorder("=") if dtype.name in SIGNIFICAND_BITS else np.dtype(np.float64)
+
+
 def as_array(name, value):
     """View `value` as an array of real numbers."""
     if value is None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .affine import EXACT, SIGNIFICAND_BITS, Affine, as_array, as_values, check_finite
+from .affine import EXACT, SIGNIFICAND_BITS, Affine, as_array, as_values, check_finite, floating
 
 __all__ = [
     "FoldReport",
@@ -251,7 +251,7 @@ def fold_into_conv(
 def _fold(weight, bias, bn, layout, *, bn_last, groups=1, transposed=False, repeat=1, padding=0):
     """Scale `weight` along BN's channels and move `bias`: the formulas at the head of this file."""
     groups = _check_groups(groups, weight, layout, transposed)
-    dtype = weight.dtype.newbyteorder("=") if weight.dtype.name in SIGNIFICAND_BITS else np.dtype(np.float64)
+    dtype = floating(weight.dtype)
     folded = np.empty(weight.shape, dtype)
     old, new = (_canonical(w, layout, groups, transposed, repeat) for w in (weight, folded))  # both are views
     n_groups, n_out, n_in = old.shape[:3]
@@ -391,18 +391,24 @@ def _sum(pair, shape):
 def _round(name, pair, dtype, channel):
     """Round hi + lo to `dtype`, once; refuse what it cannot hold."""
     hi, lo = pair
-    rounded = hi
-    if dtype != np.float64:
-        # Casting hi would round a second time, and ml_dtypes reaches bfloat16 through float32, a third time.
-        # So cut to three bits more than the dtype has, the last set if anything was cut (round to odd): any
-        # rounding to nearest after that goes as it would from the exact sum (Boldo & Melquiond 2008).
-        bits = hi.view(np.int64) - ((lo != 0) & (np.signbit(lo) != np.signbit(hi)))  # towards zero
-        unit = np.int64(1 << (53 - 3 - SIGNIFICAND_BITS[dtype.name]))
-        cut = (lo != 0) | ((bits & (unit - 1)) != 0)
-        rounded = (bits & -unit | cut * unit).view(np.float64).astype(dtype)
+    rounded = cast(hi, lo, dtype)
     got = np.where(np.isnan(hi), np.inf, hi)  # where x·hi overflows, its error is nan
     check_finite(name, rounded, channel, f"values that {dtype.name} can hold", "output channel", got)
     return rounded
+
+
+def cast(hi, lo, dtype):
+    """Round hi + lo to `dtype`, once."""
+    if dtype == np.float64:
+        return hi
+    # Casting hi would round a second time, and ml_dtypes reaches bfloat16 through float32, a third time.
+    # So cut to three bits more than the dtype has, the last set if anything was cut (round to odd): any
+    # rounding to nearest after that goes as it would from the exact sum (Boldo & Melquiond 2008).
+    bits = hi.view(np.int64) - ((lo != 0) & (np.signbit(lo) != np.signbit(hi)))  # towards zero
+    unit = np.int64(1 << (53 - 3 - SIGNIFICAND_BITS[dtype.name]))
+    cut = (lo != 0) | ((bits & (unit - 1)) != 0)
+    with np.errstate(over="ignore"):
+        return (bits & -unit | cut * unit).view(np.float64).astype(dtype)
 
 
 # What may come in ------------------------------------------------------------------------------------------

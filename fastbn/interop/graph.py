@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..affine import EXACT, Affine, BatchNormParams
-from ..fold import Folded, fold_conv, fold_into_conv, fold_into_linear, fold_linear
+from ..affine import EXACT, Affine, BatchNormParams, floating
+from ..fold import Folded, cast, fold_conv, fold_into_conv, fold_into_linear, fold_linear
 from .report import FOLDED, LEFT, MERGED, REWRITTEN, Decision
 
 
@@ -130,16 +130,17 @@ class BatchNorm:
             if (first := self.before) is not None:
                 triples = zip(means, first.scale, first.shift, strict=True)
                 means = [(m - t) / s if s else Decimal(0) for m, s, t in triples]
-            new_mean = np.array([float(m) for m in means]).astype(mean.dtype)
+            new_mean = np.array([float(m) for m in means]).astype(floating(mean.dtype))
             roots = [(Decimal(float(v)) + Decimal(eps)).sqrt() for v in var]
             new_gamma = [float(s * root) for s, root in zip(affine.scale, roots, strict=True)]
             triples = zip(affine.scale, affine.shift, new_mean, strict=True)
             new_beta = [float(t + s * Decimal(float(m))) for s, t, m in triples]
-            params = np.array(new_gamma).astype(gamma.dtype), np.array(new_beta).astype(beta.dtype), new_mean
-        for name, new in zip(("gamma", "beta", "mean"), params, strict=True):
+            news = (new_gamma, gamma), (new_beta, beta)
+            gamma, beta = (np.array(new).astype(floating(old.dtype)) for new, old in news)
+        for name, new in zip(("gamma", "beta", "mean"), (gamma, beta, new_mean), strict=True):
             if not np.isfinite(new.astype(np.float64)).all():
                 raise Stays(f"the merged {name} exceeds {new.dtype}")
-        return BatchNormParams(*params, var, eps)
+        return BatchNormParams(gamma, beta, new_mean, var, eps)
 
 
 @dataclass
@@ -178,8 +179,6 @@ class Scaling:
                 at = axis % rank - (rank - array.ndim)
             if not 0 <= at < array.ndim or array.shape[at] != array.size or array.size != channels:
                 raise Stays("a constant that is not one value per channel stands in the way")
-        elif rank is not None and array.ndim > rank:
-            raise Stays("a constant with more axes stands in the way")
         return [Decimal(float(a)) for a in np.broadcast_to(array.reshape(-1), (channels,))]
 
 
@@ -188,9 +187,9 @@ class Layer:
     """A linear layer (weight of two axes) or a convolution, named as `fold_linear` and `fold_conv` name things.
 
     in_axis, out_axis: of the channels in what it reads and in what it gives, negative where counted from the last.
-    padded: with zeros, where the kernel is larger than 1. held: why its parameters must stay ("" where they need
-    not), held_before: why no map in front of it can be taken in. guarded: the front end can make the layer refuse
-    inputs without `needs_rank` axes, where an axis's place is known only then.
+    padded: it reads zeros beside its input, with whatever kernel. held: why its parameters must stay ("" where they
+    need not), held_before: why no map in front of it can be taken in. guarded: the front end can make the layer
+    refuse inputs without `needs_rank` axes, where an axis's place is known only then.
     """
 
     weight: np.ndarray
@@ -222,7 +221,6 @@ class Layer:
 
     def fold(self, before: Affine | None, after: Affine | None) -> Folded:
         """Return the layer with `before` in front of it and `after` behind it, each weight rounded once."""
-        dtype = self.weight.dtype
         weight, bias, folded = self.weight, self.bias, None
         if before is not None and after is not None:
             weight = weight.astype(np.float64)
@@ -235,7 +233,7 @@ class Layer:
         except (ValueError, TypeError) as error:
             raise Stays(f"its weights cannot hold it ({error})") from error
         assert folded is not None
-        return folded if before is None or after is None else _rounded(folded, self.weight, dtype)
+        return folded if before is None or after is None else _rounded(folded, self.weight)
 
     def _fold_before(self, affine: Affine, weight: np.ndarray, bias: np.ndarray | None) -> Folded:
         if weight.ndim == 2:
@@ -305,9 +303,10 @@ def join(*maps: Affine | None) -> Affine:
     return first
 
 
-def _rounded(folded: Folded, old: np.ndarray, dtype: np.dtype) -> Folded:
-    with np.errstate(over="ignore"):
-        weight, bias = folded.weight.astype(dtype), folded.bias.astype(dtype)
+def _rounded(folded: Folded, old: np.ndarray) -> Folded:
+    """Round what was folded in float64, twice, to the dtype of `old`."""
+    dtype = floating(old.dtype)
+    weight, bias = (cast(a, np.zeros_like(a), dtype) for a in (folded.weight, folded.bias))
     if not (np.isfinite(weight.astype(np.float64)).all() and np.isfinite(bias.astype(np.float64)).all()):
         raise Stays(f"its weights cannot hold it (a value exceeds {dtype})")
     w, size = weight.astype(np.float64), np.abs(old.astype(np.float64))
@@ -389,9 +388,11 @@ def _backward(value: Value, route: Route, plan: _Plan) -> None:
             _meet(route, node, op.axis, plan)
             plan.after(node, _fit(route, len(op.params.mean), node))
         case Scaling():
-            own = op.affine(route.axis, route.rank, len(route.affine))
-            plan.gone.append(node)
-            _backward(node.inputs[0], route._replace(affine=own.then(route.affine)), plan)
+            if node not in plan.gone:  # else the map of another part, cut by a Split, has taken it along
+                own = _constants(node, route.axis, route.rank, len(route.affine), backward=True)
+                route = route._replace(affine=own.then(route.affine))
+                plan.gone.append(node)
+            _backward(node.inputs[0], route, plan)
         case Concat():
             plan.path.append(node)
             for part, branch in zip(_parts(route, op.axis, node.inputs, node), node.inputs, strict=True):
@@ -426,9 +427,12 @@ def _forward(value: Value, route: Route, plan: _Plan) -> None:
                 _meet(route, node, op.axis, plan)
                 plan.before(node, _fit(route, len(op.params.mean), node))
             case Scaling():
-                own = op.affine(route.axis, route.rank, len(route.affine))
-                plan.gone.append(node)
-                _forward(node.outputs[0], route._replace(affine=route.affine.then(own)), plan)
+                scaled = route
+                if node not in plan.gone:  # else the map of another part, joined by a Concat, has taken it along
+                    own = _constants(node, route.axis, route.rank, len(route.affine), backward=False)
+                    scaled = route._replace(affine=route.affine.then(own))
+                    plan.gone.append(node)
+                _forward(node.outputs[0], scaled, plan)
             case Concat():
                 if not _along(route, op.axis, node):
                     raise Stays(f"{node} joins it with other parts of every channel")
@@ -467,6 +471,17 @@ def _fit(route: Route, channels: int, node: Node) -> Affine:
     if route.flat and len(affine) % channels == 0 and (contracted := _contracted(affine, channels)):
         return contracted
     raise Stays(f"{len(affine)} channels meet the {channels} of {node}")
+
+
+def _constants(node: Node, axis: int, rank: int | None, channels: int, backward: bool) -> Affine:
+    """Return the map of a Scaling, which must not be what makes the axes, or the channels, so many."""
+    op, shape = node.op, node.inputs[0].shape
+    ndim, size = (max(measure(op.factor), measure(op.summand)) for measure in (np.ndim, np.size))
+    if ndim > ((rank or max(axis + 1, -axis)) - backward if shape is None else len(shape)):
+        raise Stays(f"a constant of {ndim} axes stands in the way")
+    if backward and size > 1 and (shape is None or shape[axis] != channels):
+        raise Stays(f"it is not known whether {node} makes one channel {channels}")
+    return op.affine(axis, rank, channels)
 
 
 def _along(route: Route, axis: int, node: Node) -> bool:
@@ -520,10 +535,16 @@ def _pass(node: Node, route: Route, backward: bool) -> Route:
             return route._replace(axis=perm[axis] if backward else perm.index(axis), rank=rank)
         case Reshape():
             here, there = (op.after, op.before) if backward else (op.before, op.after)
-            affine, axis = _regrouped(route.affine, route.axis % len(here), here, there, node)
+            axis, affine = route.axis % len(here), route.affine
+            if route.flat:
+                if (channels := here[axis]) is None:
+                    raise Stays(f"it is not known how many channels meet {node}")
+                affine = _fit(route, channels, node)
+            affine, axis = _regrouped(affine, axis, here, there, node)
             return Route(affine, axis, len(there))
         case Flatten():
-            if route.flat or (route.axis not in ((1, -1) if backward else (1,))):
+            axis = route.axis if route.rank is None else route.axis % route.rank
+            if route.flat or (axis not in ((1, -1) if backward else (1,))):
                 raise Stays(f"{node} mixes the channels with another axis")
             return Route(route.affine, 1, node.inputs[0].rank if backward else 2, flat=True)
         case Pool():
@@ -568,11 +589,11 @@ def _regrouped(
     """
     channels, run = len(affine), here[axis + 1 :]
     if None not in run and (s := prod(run)):  # type: ignore[type-var, arg-type]
-        for other in reversed(range(len(there))):
-            size, behind = there[other], there[other + 1 :]
-            if None in behind:
-                break
-            if not size or not (t := prod(behind)):  # type: ignore[type-var, arg-type]
+        behind = {a: there[a + 1 :] for a in reversed(range(len(there)))}
+        known = {a: prod(sizes) for a, sizes in behind.items() if None not in sizes}  # type: ignore[type-var, arg-type]
+        # The channels' own axis first: a map that is alike on several channels would do on others too.
+        for other, t in sorted(known.items(), key=lambda item: (there[item[0]], item[1]) != (channels, s)):
+            if not (size := there[other]) or not t:
                 continue
             if s % t == 0 and size % (channels * (s // t)) == 0:
                 tiles = size // (channels * (s // t))
@@ -646,10 +667,10 @@ def _take_constants(node: Node) -> list[Node]:
     for behind in (False, True):
         while (beside := _scaling_beside(node, behind)) is not None:
             op, value, plan = node.op, beside.inputs[0], _Plan()
+            if not behind and _ends_activation(beside):
+                break
             try:
-                affine = beside.op.affine(op.axis, value.rank, len(op.params.mean))
-                if not behind and (value.shape is None or value.shape[op.axis] != len(affine)):
-                    break  # it may be what makes the channels so many
+                affine = _constants(beside, op.axis, value.rank, len(op.params.mean), backward=not behind)
                 (plan.after if behind else plan.before)(node, affine)
                 plan.gone.append(beside)
                 plan.commit()
@@ -657,6 +678,12 @@ def _take_constants(node: Node) -> list[Node]:
                 break
             taken.append(beside)
     return taken
+
+
+def _ends_activation(node: Node) -> bool:
+    """Say whether a Scaling is one number behind what nothing passes, such as GELU's ½: runtimes know the whole."""
+    producer, sizes = node.inputs[0].producer, (np.size(node.op.factor), np.size(node.op.summand))
+    return producer is not None and producer.op is None and max(sizes) == 1
 
 
 def _scaling_beside(node: Node, behind: bool) -> Node | None:
@@ -684,8 +711,11 @@ def _move(node: Node, constants: list[Node]) -> _Fate:
         except Stays as stays:
             reasons.append(f"{direction}: {stays}")
             continue
+        except RecursionError:
+            reasons.append(f"{direction}: the way is longer than Python's stack")
+            continue
         remove(node)
-        through = f" through {', '.join(map(str, plan.path))}" if plan.path else ""
+        through = f" through {', '.join(map(str, dict.fromkeys(plan.path)))}" if plan.path else ""
         return _Fate(takers, direction + through + _with(constants + plan.gone))
     return _Fate((), "; ".join(reasons) + _with(constants))
 
