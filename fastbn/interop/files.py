@@ -1,0 +1,317 @@
+"""Fold a model in one file into another: what the command `fastbn fold` does.
+
+A new file is written beside its place, in a temporary folder, verified there if that is asked for, and moved to its
+place only when all is well; the input is never written to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import warnings
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .._version import __version__
+from .report import ModelReport
+from .verify import Verification, verify
+
+__all__ = ["run"]
+
+OK, DIFFERS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+LINE = 1000  # characters of a message; runtimes can say more
+
+FORMATS = {
+    ".onnx": "onnx", ".pt2": "torch", ".keras": "keras", ".h5": "keras", ".hdf5": "keras",
+    ".npz": "arrays", ".safetensors": "arrays", ".pt": "arrays", ".pth": "arrays",
+}  # fmt: skip
+BECOMES = {".h5": (".keras",), ".hdf5": (".keras",), ".pt": (".pt", ".pth"), ".pth": (".pt", ".pth")}
+ARRAYS_ONLY = ("pairs", "before", "infer_pairs", "eps", "transposed", "layouts", "unpadded")  # options
+
+
+class _Refused(Exception):
+    """What is wrong, in one line, with the name of the file."""
+
+
+def run(options: Namespace) -> int:
+    """Fold the file `options.input`; return the exit code: 0, 1 not verified, 2 bad input, 130 interrupted."""
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # what libraries say of each other
+            return _run(options)
+    except _Refused as refused:
+        line = " ".join(str(refused).split())
+        print("fastbn fold:", line if len(line) <= LINE else line[: LINE - 1] + "…", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("fastbn fold: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _Job(NamedTuple):
+    """What is read and written, checked before anything is done."""
+
+    kind: str
+    front: ModuleType  # its module: load, fold, save
+    source: Path
+    external: list[Path]  # the model's weights outside `source`
+    inputs: list[Path]  # to run it on
+    target: Path | None
+    report: Path | None
+
+    def check_place(self, file: Path, force: bool) -> None:
+        _check_place(file, [self.source, *self.external, *self.inputs], force)
+
+
+def _run(options: Namespace) -> int:
+    job = _job(options)
+    folding = _arrays_options(options) if job.kind == "arrays" else {}
+    with _refusing(job.source, ValueError, TypeError):
+        folded, report = job.front.fold(job.front.load(job.source), **folding)
+    _show(report)
+    if options.infer_pairs and report.folded:
+        print("inferred from the names: whether a ReLU or anything else stands between, the file does not show")
+
+    verification: Verification | None = None
+    moves: list[tuple[Path, Path]] = []  # from, to
+    with _temporary_folder(None if options.dry_run else job.target) as folder:
+        if options.verify or not options.dry_run:
+            path = folder / (job.target or Path("folded" + _becomes(job.source)[0])).name
+            with _refusing(job.target or job.source, ValueError, RuntimeError):  # PyTorch's, where the disk is full
+                files = _save(job, folded, path)
+            del folded  # its memory: it is loaded again
+        if options.verify:
+            with _refusing(job.source, ValueError):
+                verification = verify(
+                    job.kind, job.source, path, shapes=dict(options.shapes), inputs=job.inputs,
+                    tolerance=options.tolerance, threads=options.threads, **folding,
+                )  # fmt: skip
+            print(verification)
+            if not verification.passed:
+                print(f"fastbn fold: {job.source}: the folded model differs, nothing is written", file=sys.stderr)
+                return DIFFERS
+        if job.target is not None and not options.dry_run:
+            moves = [(file, job.target.with_name(file.name)) for file in files]
+        for _, file in moves:
+            job.check_place(file, options.force)
+        if job.report is None:
+            _place(moves)
+        else:
+            with _temporary_folder(job.report) as report_folder:
+                text = _as_json(job.source, job.target if moves else None, report, verification)
+                with _refusing(job.report):
+                    (report_folder / job.report.name).write_text(text)
+                _place([*moves, (report_folder / job.report.name, job.report)])
+    if moves:
+        print("written:", ", ".join(str(file) for _, file in reversed(moves)))
+    return OK
+
+
+def _job(options: Namespace) -> _Job:
+    source = Path(options.input)
+    if (suffix := source.suffix.lower()) not in FORMATS:
+        raise _Refused(f"{source}: expected a file of {', '.join(FORMATS)}, got {suffix or 'none of these'}")
+    kind = FORMATS[suffix]
+    if not source.is_file():
+        raise _Refused(f"{source}: expected a model, got {'no file' if source.exists() else 'no such file'}")
+    target, report = (None if name is None else Path(name) for name in (options.output, options.report))
+    _check_options(options, kind, target)
+    with _refusing(source, ValueError):
+        if kind == "keras":
+            _choose_backend()
+        front = importlib.import_module(f".{kind}", __package__)
+        external = front.external_files(source) if kind == "onnx" else []
+    job = _Job(kind, front, source, external, [Path(name) for name in options.inputs], target, report)
+    if target is not None:
+        job.check_place(target, options.force)
+        if external:
+            job.check_place(_external(target), options.force)
+    if report is not None:
+        job.check_place(report, options.force)
+        if target is not None:
+            _check_place(report, [target, _external(target)], options.force)
+    return job
+
+
+def _becomes(source: Path) -> tuple[str, ...]:
+    """Return the suffixes that the folded model of a file can have."""
+    suffix = source.suffix.lower()
+    return BECOMES.get(suffix, (suffix,))
+
+
+def _external(target: Path) -> Path:
+    """Return where weights outside the model go."""
+    return target.with_name(f"{target.name}.data")
+
+
+def _choose_backend() -> None:
+    """Let Keras run on what there is, where nobody has said otherwise and its default is missing."""
+    if "KERAS_BACKEND" not in os.environ and importlib.util.find_spec("tensorflow") is None:
+        found = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is not None]
+        os.environ.update({"KERAS_BACKEND": found[0]} if found else {})
+
+
+# What is refused ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _refusing(file: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors into a line that names the file."""
+    try:
+        yield
+    except _Refused:
+        raise
+    except ModuleNotFoundError as error:
+        raise _Refused(f"{file}: {error}") from error
+    except OSError as error:
+        raise _Refused(f"{file}: {error.strerror or error}") from error
+    except errors as error:
+        text = str(error) or type(error).__name__
+        raise _Refused(text if text.startswith(str(file)) else f"{file}: {text}") from error
+
+
+def _check_options(options: Namespace, kind: str, target: Path | None) -> None:
+    given = [name for name in ARRAYS_ONLY if not any(getattr(options, name) is absent for absent in (None, False))]
+    if kind != "arrays" and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise _Refused(f"{options.input}: expected {option} only for arrays (.npz, .safetensors, .pt, .pth)")
+    if options.infer_pairs and options.pairs:
+        raise _Refused(f"{options.input}: expected --pairs or --infer-pairs, got both")
+    running = [name for name in ("shapes", "inputs", "threads") if getattr(options, name)]
+    for name in running + (["tolerance"] if options.tolerance is not None else []):
+        option = "--" + {"shapes": "shape", "inputs": "input"}.get(name, name)
+        if not options.verify:
+            raise _Refused(f"{options.input}: expected --verify with {option}")
+        if kind == "arrays" and name in running:
+            raise _Refused(f"{options.input}: expected no {option}: arrays are no model that runs")
+    if target is None:
+        if not options.dry_run:
+            raise _Refused(f"{options.input}: expected the name of a file to write, or --dry-run")
+    elif target.suffix.lower() not in (allowed := _becomes(Path(options.input))):
+        raise _Refused(f"{target}: expected the suffix {' or '.join(allowed)} for what {options.input} becomes")
+
+
+def _arrays_options(options: Namespace) -> dict[str, Any]:
+    """Return what `arrays.fold` takes."""
+    return {
+        "pairs": "infer" if options.infer_pairs else options.pairs, "before": options.before, "eps": options.eps,
+        "transposed": options.transposed, "layouts": options.layouts, "unpadded": options.unpadded or (),
+    }  # fmt: skip
+
+
+def _check_place(file: Path, others: Iterable[Path], force: bool) -> None:
+    """Refuse to write to a file that is one of the others, or that exists and is not to be replaced."""
+    for other in others:
+        if _same(file, other):
+            raise _Refused(f"{file}: expected another file than {other}, which it is")
+    if not file.parent.is_dir():
+        raise _Refused(f"{file}: expected a folder to write to, got no such folder")
+    if file.is_dir():
+        raise _Refused(f"{file}: expected the name of a file, got a folder")
+    if os.path.lexists(file) and not force:
+        raise _Refused(f"{file}: expected no such file yet (--force replaces it)")
+
+
+def _same(file: Path, other: Path) -> bool:
+    """Say whether two names are of one file, by whatever links, or would be."""
+    if file.exists() and other.exists():
+        return file.samefile(other)
+    return os.path.realpath(file) == os.path.realpath(other)
+
+
+# What is written ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _temporary_folder(target: Path | None) -> Iterator[Path]:
+    """Make a folder beside `target`, or anywhere, that is gone in the end."""
+    with _refusing(target or Path(tempfile.gettempdir())):
+        folder = tempfile.TemporaryDirectory(prefix=".fastbn-", dir=None if target is None else target.parent)
+    with folder as name:
+        yield Path(name)
+
+
+def _save(job: _Job, model: Any, path: Path) -> list[Path]:
+    """Save a model in an empty folder; return the files there are then, the model's own last."""
+    if job.external:
+        job.front.save(model, path, location=_external(path).name)
+    else:
+        job.front.save(model, path)
+    return sorted(path.parent.iterdir(), key=lambda file: file == path)
+
+
+def _place(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Move files to their places, all of them or none that was not there before."""
+    moves, new = list(moves), list[Path]()
+    try:
+        for temporary, file in moves:
+            with _refusing(file):
+                mode = temporary.parent / "mode"
+                mode.touch()  # what a new file's mode is
+                temporary.chmod(mode.stat().st_mode)
+                with open(temporary, "rb+") as written:
+                    os.fsync(written.fileno())
+                was_there = os.path.lexists(file)
+                os.replace(temporary, file)
+                if not was_there:
+                    new.append(file)
+        for folder in {file.parent for _, file in moves}:
+            _sync_folder(folder)
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# What is said ---------------------------------------------------------------------------------------------------
+
+
+def _as_json(source: Path, target: Path | None, report: ModelReport, verification: Verification | None) -> str:
+    result = {
+        "fastbn": __version__, "input": str(source), "output": None if target is None else str(target),
+        **report.to_dict(), "verification": None if verification is None else verification.to_dict(),
+    }  # fmt: skip
+    return json.dumps(result, indent=2, allow_nan=False) + "\n"
+
+
+def _show(report: ModelReport) -> None:
+    """Print the report: as a table where rich is there and somebody looks on, else as plain text."""
+    if report.decisions and sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Column, Table
+        except ModuleNotFoundError:
+            pass
+        else:
+            headers = Column("BatchNorm", overflow="fold"), Column(""), Column("into", overflow="fold"), Column("why")
+            table = Table(*headers, box=None, pad_edge=False)
+            colours = {"folded": "green", "merged": "green", "rewritten": "yellow", "left": "yellow"}
+            for decision in report:
+                style = f"[{colours[decision.action]}]{decision.action}"
+                table.add_row(_plain(decision.node), style, _plain(", ".join(decision.into)), _plain(decision.reason))
+            Console().print(table)
+            print(report.summary())
+            return
+    print(report)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
