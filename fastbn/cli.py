@@ -90,10 +90,9 @@ def _add_fold(commands: Any) -> None:
         description=_FOLD, epilog=_FOLD_ENDS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     fold.add_argument("input", metavar="IN", help="the model; it is never written to")
-    fold.add_argument("output", metavar="OUT", nargs="?", help="where to write the folded model (not for --dry-run)")
+    fold.add_argument("output", metavar="OUT", nargs="?", help="the folded model; replaced if it exists")
     fold.add_argument("--dry-run", action="store_true", help="say what would be folded, and write no model")
     fold.add_argument("--report", metavar="FILE", help="write what was done, and how it was verified, as JSON")
-    fold.add_argument("--force", action="store_true", help="replace OUT and the report if they exist")
 
     checks = fold.add_argument_group("verification")
     checks.add_argument(

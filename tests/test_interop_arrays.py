@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn.interop import arrays
+from fastbn.interop import array_files, arrays
 from fastbn.interop.report import FOLDED, LEFT
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -521,7 +521,7 @@ def file(suffix, folder):
     return folder / f"state{suffix}"
 
 
-@pytest.mark.parametrize("suffix", arrays.SUFFIXES)
+@pytest.mark.parametrize("suffix", array_files.SUFFIXES)
 class TestFiles:
     def test_there_and_back(self, suffix, tmp_path):
         path = file(suffix, tmp_path)
@@ -593,7 +593,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, a=np.zeros(1 << 20))
     assert arrays.load(path)["a"].size == 1 << 20
-    monkeypatch.setattr(arrays, "LARGEST_SMALL", 1 << 20)
+    monkeypatch.setattr(array_files, "LARGEST_SMALL", 1 << 20)
     with pytest.raises(ValueError, match="would grow to"):
         arrays.load(path)
 

@@ -68,8 +68,12 @@ class _Job(NamedTuple):
     target: Path | None
     report: Path | None
 
-    def check_place(self, file: Path, force: bool) -> None:
-        _check_place(file, [self.source, *self.external, *self.inputs], force)
+    def check_place(self, file: Path) -> None:
+        """Refuse what must not be written to; what an earlier run has left may be replaced."""
+        _check_place(file, [self.source, *self.external, *self.inputs])
+        data_alone = self.target is not None and file == _external(self.target) and not os.path.lexists(self.target)
+        if data_alone and os.path.lexists(file):
+            raise _Refused(f"{file}: expected no such file yet: it would hold the weights of {self.target}")
 
 
 def _run(options: Namespace) -> int:
@@ -102,7 +106,7 @@ def _run(options: Namespace) -> int:
         if job.target is not None and not options.dry_run:
             moves = [(file, job.target.with_name(file.name)) for file in files]
         for _, file in moves:
-            job.check_place(file, options.force)
+            job.check_place(file)
         if job.report is None:
             _place(moves)
         else:
@@ -132,13 +136,13 @@ def _job(options: Namespace) -> _Job:
         external = front.external_files(source) if kind == "onnx" else []
     job = _Job(kind, front, source, external, [Path(name) for name in options.inputs], target, report)
     if target is not None:
-        job.check_place(target, options.force)
+        job.check_place(target)
         if external:
-            job.check_place(_external(target), options.force)
+            job.check_place(_external(target))
     if report is not None:
-        job.check_place(report, options.force)
+        job.check_place(report)
         if target is not None:
-            _check_place(report, [target, _external(target)], options.force)
+            _check_place(report, [target, _external(target)])
     return job
 
 
@@ -208,8 +212,8 @@ def _arrays_options(options: Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_place(file: Path, others: Iterable[Path], force: bool) -> None:
-    """Refuse to write to a file that is one of the others, or that exists and is not to be replaced."""
+def _check_place(file: Path, others: Iterable[Path]) -> None:
+    """Refuse to write to a file that is one of the others, or that cannot be one."""
     for other in others:
         if _same(file, other):
             raise _Refused(f"{file}: expected another file than {other}, which it is")
@@ -217,8 +221,6 @@ def _check_place(file: Path, others: Iterable[Path], force: bool) -> None:
         raise _Refused(f"{file}: expected a folder to write to, got no such folder")
     if file.is_dir():
         raise _Refused(f"{file}: expected the name of a file, got a folder")
-    if os.path.lexists(file) and not force:
-        raise _Refused(f"{file}: expected no such file yet (--force replaces it)")
 
 
 def _same(file: Path, other: Path) -> bool:
