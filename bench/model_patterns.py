@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, helper, numpy_helper
+
+from fastbn.interop import onnx as fastbn_onnx
+from fastbn.interop.onnx_graph import Constants
 
 # Input and nodes; BN:4 is a BatchNormalization of 4 channels with its own statistics, w: a weight of that shape.
 PATTERNS = {
@@ -40,7 +42,11 @@ PATTERNS = {
 
 def build(name: str) -> ModelProto:
     """Return the model of a pattern, with random weights."""
-    shape, text = PATTERNS[name]
+    return build_text(*PATTERNS[name])
+
+
+def build_text(shape: str, text: str) -> ModelProto:
+    """Return a model that reads x of `shape` and gives y, and z if there is one: `text` is as in PATTERNS."""
     rng = np.random.default_rng(0)
     arrays: list[np.ndarray] = []
 
@@ -114,14 +120,13 @@ def norms(model: ModelProto) -> int:
 
 
 def run_nodes(model: ModelProto) -> int:
-    """Return how many of a model's nodes are not constant."""
-    return sum(node.op_type not in ("Constant", "ConstantOfShape") for node in model.graph.node)
+    """Return how many of a model's nodes do not just compute weights from constants."""
+    constants = Constants(model)
+    return sum(not constants.is_constant_node(node) for node in model.graph.node)
 
 
 def tools(scratch: str) -> tuple[dict[str, Callable[[ModelProto], ModelProto]], dict[str, str]]:
     """Return what simplifies ONNX models here, by name, and why the others do not take part."""
-    from fastbn.interop import onnx as fastbn_onnx
-
     found: dict[str, Callable[[ModelProto], ModelProto]] = {"fastbn": lambda model: fastbn_onnx.fold(model)[0]}
     absent = {}
     for name, make in ("ONNX Runtime", _onnxruntime), ("onnxoptimizer", _onnxoptimizer), ("onnxsim", _onnxsim):
@@ -149,20 +154,8 @@ def _onnxruntime(scratch: str) -> Callable[[ModelProto], ModelProto]:
 def _onnxoptimizer(scratch: str) -> Callable[[ModelProto], ModelProto]:
     import onnxoptimizer
 
-    def optimise(model: ModelProto) -> ModelProto:
-        """All its passes; then its arithmetic on weights is evaluated, which it leaves in the graph."""
-        from fastbn.interop.onnx_graph import Constants
-
-        model = onnxoptimizer.optimize(model, onnxoptimizer.get_fuse_and_elimination_passes())
-        constants = Constants(model)
-        running: list[Any] = [node for node in model.graph.node if not constants.is_constant_node(node)]
-        kept = ModelProto()
-        kept.CopyFrom(model)
-        del kept.graph.node[:]
-        kept.graph.node.extend(running)
-        return kept
-
-    return optimise
+    passes = onnxoptimizer.get_fuse_and_elimination_passes()
+    return lambda model: onnxoptimizer.optimize(model, passes)
 
 
 def _onnxsim(scratch: str) -> Callable[[ModelProto], ModelProto]:

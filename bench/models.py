@@ -50,7 +50,7 @@ def _trained(tools: dict[str, Any], scratch: Path, threads: int, rounds: int, ma
 
     print(
         "Trained models. error: the largest |folded - original| over the largest |original|; ms: one call, the least\n"
-        f"of {rounds} interleaved rounds on {threads} threads, without the runtime's own graph optimisation and with it\n"
+        f"of {rounds} interleaved rounds on {threads} threads, without the runtime's graph optimisation and with it\n"
         "(PyTorch, Keras: eager)\n"
     )
     headers = ["model", "format", "BN", "nodes", "MB", "error", "ms", "×", "ms, optimised", "×", "BN left by others"]

@@ -1,0 +1,221 @@
+"""PyTorch's files: exported programs (.pt2) and state dicts (.pt, .pth), read without running what they hold.
+
+torch.export.load falls back on an unrestricted unpickler, evaluates the text of symbolic sizes, and compiles Python
+from the names in the file. So a file is looked through first, by the same reader: its tensors must be plain, its
+sizes formulas, its names names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+_CALL = r"[A-Z]\w*|oo|int_oo|true|false|ceiling|floor"  # the classes of formulas: Symbol, Add, Mul, Mod, FloorDiv, ...
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'(, \w+=(True|False))*\)|Integer\(-?\d+\)|Float\('-?[\d.e+-]+', \w+=\d+\)")
+_LENGTH = re.compile(r"L(\['\w+'\]|\[\d+\])+\.(size\(\)|shape)\[\d+\]")  # L['x'].size()[0]
+_FREE = {"stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom", "torch_version"}
+
+
+def load(path: str | os.PathLike[str]) -> ExportedProgram:
+    """Load an exported program that torch.export.save has written.
+
+    Parameters
+    ----------
+    path : str or path
+        A .pt2 file.
+
+    Returns
+    -------
+    ExportedProgram
+
+    Raises
+    ------
+    ValueError
+        The file is no exported program, or holds more than a graph and plain tensors: pickled objects, tensors of
+        subclasses, compiled code, text that is no formula where a size stands. None of it is loaded.
+    OSError
+        The file cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        _inspect(content, os.fspath(path))
+        return torch.export.load(io.BytesIO(content))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)}: expected an exported program (.pt2), got {_line(error)}") from error
+
+
+def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Write an exported program to a .pt2 file.
+
+    Parameters
+    ----------
+    program : torch.export.ExportedProgram
+    path : str or path
+        Its name must end in .pt2.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `program` is none, or `path` ends otherwise.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
+    if not os.fspath(path).endswith(".pt2"):
+        raise ValueError(f"path: expected a name that ends in .pt2, got {os.fspath(path)!r}")
+    torch.export.save(program, path)
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a state dict that torch.save has written, on the CPU, with nothing unpickled but tensors and containers.
+
+    Parameters
+    ----------
+    path : str or path
+        A .pt or .pth file.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        The file holds something else: a pickled module, a TorchScript archive, an exported program, no dict.
+    OSError
+        The file cannot be read.
+    """
+    name = os.fspath(path)
+    with open(path, "rb") as file:
+        content = file.read()
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        try:
+            members = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{name}: expected a state dict, got a broken file ({_line(error)})") from error
+        if any(member.endswith("constants.pkl") for member in members):
+            raise ValueError(f"{name}: expected a state dict, got a TorchScript archive; {_ADVICE}")
+        if any(member.endswith("archive_format") for member in members):
+            raise ValueError(f"{name}: expected a state dict, got an exported program: name it .pt2")
+    try:
+        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{name}: expected a state dict, got a pickled object that is not read; {_ADVICE}") from error
+    except Exception as error:
+        raise ValueError(f"{name}: expected a state dict, got {_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}: expected a state dict, got {type(state).__name__}")
+    return state
+
+
+def save_state_dict(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a state dict, as torch.save does.
+
+    Parameters
+    ----------
+    state : dict
+    path : str or path
+    """
+    torch.save(state, path)
+
+
+_ADVICE = "export the module with torch.export.export and torch.export.save it as .pt2"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _inspect(content: bytes, path: str) -> None:
+    """Raise ValueError where a file holds what must not be loaded."""
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"{path}: expected an exported program with plain tensors (.pt2), got {what}, not loaded")
+
+    if "version" in zipfile.ZipFile(io.BytesIO(content)).namelist():
+        refuse("an older format")  # which torch.export.load turns to where it fails, and unpickles
+    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+    names = reader.get_all_records()
+    if "archive_format" not in names or reader.get_record("archive_format") != b"pt2":
+        refuse("another kind of file")
+    if not any(name.startswith("models/") for name in names):
+        refuse("no program in it")
+    for name in names:
+        if name.startswith("data/aotinductor/") or name.endswith((".so", ".pyd", ".dll")):
+            refuse(f"compiled code ({name})")
+        if name.startswith(("data/weights/", "data/constants/")):
+            if name.endswith(".json"):
+                for target, payload in json.loads(reader.get_record(name))["config"].items():
+                    plain = re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]) and not payload["use_pickle"]
+                    if not plain or not payload["tensor_meta"]:
+                        refuse(f"a pickled object ({target})")
+                    _check(payload["tensor_meta"], refuse)
+            elif not re.fullmatch(r"data/(weights/weight|constants/tensor)_\d+", name):
+                refuse(f"a pickled object ({name})")
+        elif name.startswith("data/sample_inputs/") and (record := reader.get_record(name)):
+            try:
+                torch.load(io.BytesIO(record), weights_only=True)
+            except pickle.UnpicklingError:
+                refuse(f"pickled objects as example inputs ({name})")
+        elif name.startswith("models/"):
+            _check(json.loads(reader.get_record(name)), refuse)
+
+
+def _check(tree: Any, refuse: Any) -> None:
+    for key, text in _texts(tree, ""):
+        if key == "expr_str":
+            if not _is_formula(text):
+                refuse(f"the size {text[:60]!r}, which is no formula")
+        elif key == "guards_code":
+            if not re.fullmatch(r"([\d\s()+*/<>=!%.-]|\b(and|or|not|min|max)\b)*", _LENGTH.sub("0", text)):
+                refuse(f"the guard {text[:60]!r}, which is no formula")
+        elif key in ("in_spec", "out_spec"):
+            _check(json.loads(text), refuse)
+        elif key == "context":
+            _check_context(text, refuse)
+        elif key not in (*_FREE, "as_string", "as_strings") and not re.fullmatch(r"[\w.:<>#\[\] -]*", text):
+            refuse(f"the name {text[:60]!r}")
+
+
+def _check_context(text: str, refuse: Any) -> None:
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        tree = text
+    for _, word in _texts(tree, ""):
+        if not re.fullmatch(r"[\w. -]*", word):
+            refuse(f"the name {word[:60]!r}")
+
+
+def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield every string of a JSON tree with the key it stands under."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            if key not in _FREE and name not in _FREE:
+                yield "", name
+            if name not in _FREE:
+                yield from _texts(value, name)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value, key)
+
+
+def _is_formula(text: str) -> bool:
+    """Say whether nothing but numbers, symbols and the classes of formulas stands in `text`."""
+    rest = _SYMBOL.sub("0", text)
+    plain = re.fullmatch(r"[\w\s(),+*/<>=&|~-]*", rest) is not None and "__" not in rest
+    return plain and all(re.fullmatch(_CALL, word) or re.fullmatch(r"[a-z]+\d+", word) for word in _WORD.findall(rest))
