@@ -1416,3 +1416,14 @@ def test_models_of_torchvision(models, name, folds, stays):
     assert (len(report.folded), len(report.left)) == (folds, stays)
     assert report.nodes_after == report.nodes_before - folds
     assert_same(model, folded, randn(1, 3, 32, 32), ulps=1 << 20)
+
+
+def test_folding_in_inference_mode_is_the_same():
+    module = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).eval()
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        x = torch.rand(2, 6, 5)
+        folded, report = fold(module, example_inputs=x)
+        assert report.decisions[0].action == "left"
+        assert torch.equal(folded(x), module(x))
+        assert fold(made)[1].decisions[0].reason == "backward"

@@ -19,11 +19,13 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from ..affine import SIGNIFICAND_BITS
 from . import graph as folding
 from .onnx_files import external_files, load, save
-from .onnx_graph import Constants, Reader, default_opset, is_onnx, name_of, reads, subgraphs
+from .onnx_graph import Constants, Reader, check, default_opset, is_onnx, name_of, names, reads, rename, subgraphs
 from .report import LEFT, Decision, ModelReport
 
 __all__ = ["external_files", "fold", "load", "save"]
 
+PARAMETERISED = ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")
+LARGEST = 1 << 16  # values that a computed constant besides weights may have to be stored as an initializer
 OLDEST_OPSET = 7  # before it, BatchNormalization had no inference form of its own
 
 
@@ -60,9 +62,9 @@ def fold(model: ModelProto | str | os.PathLike[str]) -> tuple[ModelProto, ModelR
     Notes
     -----
     Each weight is the exact product rounded once to its dtype, float16 and bfloat16 too: see `fastbn.fold_linear`.
-    Constant nodes, and nodes that compute weights from constants, become initializers. Left as they are: weights that
-    other nodes read, initializers that are inputs too (a caller may override them, from IR version 4 on), nodes in
-    training mode, and the bodies of If, Loop, Scan and local functions.
+    Constant nodes, and nodes that compute weights or little else from constants, become initializers. Left as they
+    are: weights that other nodes read, initializers that are inputs too (a caller may override them, from IR version 4
+    on), nodes in training mode, and the bodies of If, Loop, Scan and local functions.
 
     Examples
     --------
@@ -84,6 +86,7 @@ def fold(model: ModelProto | str | os.PathLike[str]) -> tuple[ModelProto, ModelR
         raise ValueError(f"model: expected opset {OLDEST_OPSET} or newer, got {opset or 'none'}")
     model = ModelProto()
     model.CopyFrom(source)
+    check(model)
     reader = Reader(model)
     graph = reader.graph()
     nodes, parameters = _sizes(model, reader.constants)
@@ -122,9 +125,9 @@ class _Writer:
 
     def __init__(self, reader: Reader, graph: folding.Graph) -> None:
         self.reader, self.nodes, self.proto = reader, graph.nodes, reader.model.graph
-        self.taken = {name for node in self.proto.node for name in (*reads(node), *node.output, node.name)}
-        self.taken |= {value.name for value in (*self.proto.input, *self.proto.output)}
-        self.taken |= reader.constants.initializers.keys()
+        self.taken = set(names(self.proto))
+        readers = [node for node in self.proto.node if node.op_type in PARAMETERISED]
+        self.weights = {name for node in readers for name in node.input[1:]}
         self.dead: list[NodeProto] = []
 
     def write(self) -> None:
@@ -177,7 +180,7 @@ class _Writer:
             proto.input.append("")
         name, uses = proto.input[index], self.reader.uses
         initializers = self.reader.constants.initializers
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if name in initializers and uses[name] == 1:
             initializers[name].CopyFrom(numpy_helper.from_array(array, name))
         else:
@@ -211,14 +214,12 @@ class _Writer:
                     renamed[data] = proto.output[0]
                 self.dead.append(proto)
         gone = set(map(id, self.dead))
+        new = renamed | {name: renamed.get(data, data) for name, data in alias.items()}
         for proto in self.proto.node:
-            if id(proto) in gone:
-                continue
-            for index, name in enumerate(proto.input):
-                name = alias.get(name, name)
-                proto.input[index] = renamed.get(name, name)
-            for index, name in enumerate(proto.output):
-                proto.output[index] = renamed.get(name, name)
+            if id(proto) not in gone:
+                rename(proto, new)
+                for index, name in enumerate(proto.output):
+                    proto.output[index] = renamed.get(name, name)
 
     def _remove_unread(self) -> None:
         """Remove what folding has removed; what is constant becomes an initializer, or goes if nothing reads it."""
@@ -226,10 +227,9 @@ class _Writer:
         kept = [node for node in self.proto.node if id(node) not in gone and not self._is_constant(node)]
         used = {name for node in kept for name in reads(node)} | {value.name for value in self.proto.output}
         for node in self.proto.node:
-            name = node.output[0]
-            if id(node) not in gone and self._is_constant(node) and name in used:
+            if id(node) not in gone and self._is_constant(node) and (name := node.output[0]) in used:
                 tensor = self.proto.initializer.add()
-                tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(constants.get(name)), name))
+                tensor.CopyFrom(numpy_helper.from_array(np.asarray(constants.get(name), order="C"), name))
                 self._as_input(tensor)
         _replace(self.proto.node, kept)
         unread = {t.name for t in self.proto.initializer if t.name not in used and t.name not in constants.overridable}
@@ -245,8 +245,9 @@ class _Writer:
         constants = self.reader.constants
         if not constants.is_constant_node(node) or node.output[0] in {value.name for value in self.proto.output}:
             return False
-        dtype = np.asarray(constants.get(node.output[0])).dtype
-        return dtype.kind in "fiub" or dtype.name == "bfloat16"
+        value = np.asarray(constants.get(node.output[0]))
+        large = value.size > LARGEST and node.op_type != "Constant" and node.output[0] not in self.weights
+        return not large and (value.dtype.kind in "fiub" or value.dtype.name == "bfloat16")
 
     def _as_input(self, tensor: TensorProto) -> None:
         """Before IR version 4 an initializer is an input too."""

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, TensorProto, external_data_helper
+from onnx import GraphProto, ModelProto, TensorProto, external_data_helper, numpy_helper
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 EMBEDDED = 1024  # bytes of a tensor that stays inside the model all the same: shapes and other small constants
@@ -32,6 +32,7 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
             where = _external(path, tensor)
             try:
                 external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+                numpy_helper.to_array(tensor)  # as many bytes as its shape needs
             except Exception as error:
                 raise ValueError(f"{path}: initializer {tensor.name!r}: {where} cannot be read: {error}") from error
             tensor.data_location = TensorProto.DEFAULT
@@ -59,16 +60,21 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     if location is None:
         path.write_bytes(model.SerializeToString())
         return [path]
-    if Path(location).name != location:
+    if Path(location).name != location or location in ("", "..", path.name):
         raise ValueError(f"location: expected the name of a file in the same folder, got {location!r}")
-    copy = ModelProto()
+    copy, data = ModelProto(), path.parent / location
     copy.CopyFrom(model)
-    onnx.save_model(
-        copy, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=location,
-        size_threshold=EMBEDDED,
-    )  # fmt: skip
-    data = path.parent / location
-    return [data, path] if data.exists() else [path]
+    large = [t for t in _tensors(copy.graph) if t.data_type != TensorProto.STRING and t.ByteSize() > EMBEDDED]
+    if large:
+        with data.open("wb") as file:
+            for tensor in large:
+                if not tensor.HasField("raw_data"):
+                    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+                external_data_helper.set_external_data(tensor, location, file.tell(), len(tensor.raw_data))
+                file.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
+    path.write_bytes(copy.SerializeToString())
+    return [data, path] if large else [path]
 
 
 def _read(path: Path) -> ModelProto:

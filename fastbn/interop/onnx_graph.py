@@ -20,6 +20,7 @@ from .graph import BatchNorm, Concat, Flatten, Graph, Layer, Pool, Reshape, Same
 CONSTANT_OPS = {"Constant", "ConstantOfShape", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose"}
 CONSTANT_OPS |= {"Cast", "Concat", "Slice", "Gather", "Shape", "Expand", "Neg", "Abs", "Sqrt", "Reciprocal"}
 CONSTANT_OPS |= {"Add", "Sub", "Mul", "Div"}
+EPSILON = float(np.float32(1e-5))  # BatchNormalization's: attributes are float32
 LARGE = 1024  # shape inference need not see the values of a longer initializer
 
 
@@ -58,11 +59,75 @@ def reads(node: NodeProto) -> list[str]:
     """Return the names that a node reads, those that its subgraphs take from outside too."""
     found = [name for name in node.input if name]
     for graph in subgraphs(node):
-        inner = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-        inner |= {name for n in graph.node for name in n.output}
+        inner = _defined(graph)
         outer = [name for n in graph.node for name in reads(n)] + [v.name for v in graph.output]
         found += [name for name in outer if name and name not in inner]
     return found
+
+
+def rename(node: NodeProto, new: dict[str, str]) -> None:
+    """Let a node read other names, its subgraphs too."""
+    for index, name in enumerate(node.input):
+        node.input[index] = new.get(name, name)
+    for graph in subgraphs(node):
+        inner = _defined(graph)
+        outer = {name: value for name, value in new.items() if name not in inner}
+        for n in graph.node:
+            rename(n, outer)
+        for value in graph.output:
+            value.name = outer.get(value.name, value.name)
+
+
+def names(graph: GraphProto) -> Iterator[str]:
+    """Yield every name in a graph and in its subgraphs."""
+    yield from _defined(graph)
+    yield from (value.name for value in graph.output)
+    for node in graph.node:
+        yield from (node.name, *node.input)
+        for body in subgraphs(node):
+            yield from names(body)
+
+
+def _defined(graph: GraphProto) -> set[str]:
+    return _given(graph) | {name for node in graph.node for name in node.output}
+
+
+def _given(graph: GraphProto) -> set[str]:
+    """Return the names of what no node computes."""
+    found = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    return found | {tensor.values.name for tensor in graph.sparse_initializer}
+
+
+def check(model: ModelProto) -> None:
+    """Raise ValueError, naming the node, where one is not what its operator must be, or reads what is not there yet.
+
+    Only what is read below is looked at: unknown operators may be as they like.
+    """
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {"": default_opset(model)}
+    for tensor in model.graph.initializer:  # shape inference may not end where one is said to be huge
+        inside = tensor.data_location != TensorProto.EXTERNAL
+        if min(tensor.dims, default=0) < 0 or (inside and prod(tensor.dims) > 8 * tensor.ByteSize()):
+            raise ValueError(f"{tensor.name!r}: expected the values of shape {list(tensor.dims)}, got fewer")
+    known = _given(model.graph)
+    for node in model.graph.node:
+        place = f"{node.op_type} {name_of(node)!r}"
+        if is_onnx(node) and (node.op_type in READ or node.op_type in CONSTANT_OPS):
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            copy.ClearField("domain")  # the checker does not know ONNX's by its longer name
+            try:
+                onnx.checker.check_node(copy, context)
+            except onnx.checker.ValidationError as error:
+                raise ValueError(f"{place}: {str(error).splitlines()[0]}") from error
+        for name in reads(node):
+            if name not in known:
+                raise ValueError(f"{place}: expected to read what stands before it, got {name!r}")
+        for name in filter(None, node.output):
+            if name in known:
+                raise ValueError(f"{place}: expected an output of its own, got {name!r}, which there is already")
+            known.add(name)
 
 
 class Constants:
@@ -115,7 +180,10 @@ class Constants:
         infos = [helper.make_empty_tensor_value_info(read) for read in feeds]
         graph = helper.make_graph([node], "constant", infos, [helper.make_empty_tensor_value_info(name)])
         model = helper.make_model(graph, opset_imports=self._opsets)
-        (value,) = ReferenceEvaluator(model).run([name], feeds)
+        try:
+            (value,) = ReferenceEvaluator(model).run([name], feeds)
+        except Exception:  # what it cannot compute is no constant to us
+            return None
         return np.asarray(value)
 
 
@@ -126,7 +194,10 @@ def values_of(tensor: TensorProto, name: str = "") -> np.ndarray:
             f"{tensor.name or name!r}: expected its values in the model, got external data that are not loaded: "
             "pass the model's path"
         )
-    return numpy_helper.to_array(tensor)
+    try:
+        return numpy_helper.to_array(tensor)
+    except Exception as error:
+        raise ValueError(f"{tensor.name or name!r}: expected the values of a tensor, got {error}") from error
 
 
 def shapes(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
@@ -183,7 +254,10 @@ class Reader:
                 summands.add(id(add))
             op, data = None, reads(proto)
             if is_onnx(proto) and proto.op_type in READ:
-                op, data = READ[proto.op_type](self, origin) or (None, data)
+                try:
+                    op, data = READ[proto.op_type](self, origin) or (None, data)
+                except (IndexError, TypeError, AttributeError, ArithmeticError) as error:  # constants of odd shapes
+                    raise ValueError(f"{proto.op_type} {name_of(proto)!r}: it is damaged: {error}") from error
             outputs = [self._value(name) for name in origin[-1].output if name]
             if isinstance(op, Layer) and outputs[0].shape is None and proto.op_type != "MatMul":
                 outputs[0].shape = (None, op.out_channels, *[None] * (op.weight.ndim - 2))
@@ -202,7 +276,9 @@ class Reader:
 
     def _batch_norm(self, origin):
         (node,) = origin
-        names = ("scale", "B", "mean", "var")
+        names, place = ("scale", "B", "mean", "var"), f"BatchNormalization {name_of(node)!r}"
+        if self.rank(node.input[0]) == 0:
+            raise ValueError(f"{place}: expected an input with channels, got a scalar")
         held = ""
         if len([name for name in node.output if name]) > 1:
             held = "it has outputs for training"
@@ -213,11 +289,11 @@ class Reader:
         arrays = []
         for what, name in zip(names, node.input[1:], strict=False):
             arrays.append(self.constants.get(name))
-            if arrays[-1] is None and not held:
-                held = f"its {what} {self.constants.why_not(name)}"
-        if len(arrays) < 4:
-            raise ValueError(f"BatchNormalization {name_of(node)!r}: expected 5 inputs, got {len(node.input)}")
-        params = BatchNormParams(*arrays, attribute(node, "epsilon", 1e-5))
+            if arrays[-1] is None:
+                held = held or f"its {what} {self.constants.why_not(name)}"
+            elif arrays[-1].dtype.name not in SIGNIFICAND_BITS:
+                raise ValueError(f"{place}: expected floats as {what}, got {arrays[-1].dtype}")
+        params = BatchNormParams(*arrays, attribute(node, "epsilon", EPSILON))
         return BatchNorm(params, 1, held), [node.input[0]] if not held else reads(node)
 
     def _conv(self, origin, transposed=False):
@@ -226,11 +302,10 @@ class Reader:
         if weight is None or not 3 <= weight.ndim <= 5:
             return None
         kernel = weight.shape[2:]
-        padded = bool(any(attribute(node, "pads", ()))) or attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME")
+        same = attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME")
+        padded = any(attribute(node, "pads", ())) or (same and prod(kernel) > 1)
         layout = ("IO" if transposed else "OI") + "DHW"[-len(kernel) :]
-        layer = Layer(
-            weight, bias, layout, 1, 1, attribute(node, "group", 1), transposed, padded and prod(kernel) > 1, held
-        )
+        layer = Layer(weight, bias, layout, 1, 1, attribute(node, "group", 1), transposed, padded, held)
         return layer, [node.input[0]]
 
     def _conv_transpose(self, origin):
@@ -245,6 +320,8 @@ class Reader:
         if bias is not None:
             if bias.ndim > 1 and bias.shape[-2] != 1:
                 held = held or "its bias differs from row to row"
+            elif bias.size not in (1, n_out):
+                held = held or f"its bias of shape {bias.shape} does not fit its weight"
             else:
                 bias = np.broadcast_to(bias.reshape(-1), (n_out,)) * np.float64(attribute(node, "beta", 1.0))
         layout = "OI" if attribute(node, "transB", 0) else "IO"
@@ -259,6 +336,8 @@ class Reader:
         weight = right if right is not None else left
         if weight is None or weight.ndim != 2 or (left is not None and right is not None):
             return None
+        if at == 0 and self.rank(node.input[1]) == 1:
+            return None  # its channels would be on the last axis
         held = self._held(node.input[at], weight)
         bias = self._summand_values(add[0]).reshape(-1) if add else None
         if bias is not None and bias.size == 1:
@@ -391,8 +470,17 @@ class Reader:
             return None
         if attribute(node, "coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
             return None  # it gives a constant beside the input
-        pairs = enumerate(zip(before, after, strict=True))
-        return Pool(tuple(axis for axis, (old, new) in pairs if old is None or old != new)), [node.input[0]]
+        if attribute(node, "keep_aspect_ratio_policy", b"stretch") != b"stretch":
+            return None
+        # A scale near 1 can leave a size as it was, and take neighbours together all the same.
+        scales, at = attribute(node, "scales", ()), 1 if self.opset < 11 else 2
+        if len(node.input) > at and node.input[at] and (scales := self.constants.get(node.input[at])) is None:
+            return None
+        rank, pairs = len(before), enumerate(zip(before, after, strict=True))
+        scaled = zip(attribute(node, "axes", range(rank)), scales, strict=False)
+        moved = {axis % rank for axis, scale in scaled if scale != 1}
+        axes = tuple(axis for axis, (old, new) in pairs if old is None or old != new or axis in moved)
+        return Pool(axes), [node.input[0]]
 
     def _pad(self, origin):
         (node,) = origin

@@ -107,7 +107,7 @@ def fold(module: Any, *, example_inputs: Any = None) -> tuple[Any, ModelReport]:
     inputs = None
     if example_inputs is not None:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # whose tensors cannot be traced
         return _fold_module(module, inputs)
 
 
