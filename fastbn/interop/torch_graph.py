@@ -141,6 +141,11 @@ def name_of(node: fx.Node) -> str:
     return _SYNONYMS.get(name, name)
 
 
+def _arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of an operation in `_ARGUMENTS`, by name."""
+    return dict(zip(_ARGUMENTS[name_of(node)], node.args, strict=False)) | node.kwargs
+
+
 def shape_of(node: fx.Node) -> tuple[int | None, ...] | None:
     """Return what is known of the shape of what `node` gives."""
     value = node.meta.get("val")
@@ -297,7 +302,7 @@ class Translation:
         if not isinstance(op, (Layer, BatchNorm)) or op.held:
             return node.name
         key = "weight" if isinstance(op, Layer) else "running_mean"
-        a: dict[str, Any] = dict(zip(_ARGUMENTS[name_of(node)], node.args, strict=False)) | node.kwargs
+        a = _arguments_of(node)
         path = self.constants.path(untransposed(a[key])[0]).rpartition(".")[0]
         return path or node.name
 
@@ -339,8 +344,8 @@ class Translation:
             return self._shaping(name, node), [node.args[0]]  # type: ignore[list-item]
         if name not in _ARGUMENTS or len(node.args) > len(_ARGUMENTS[name]):
             return None, data
-        arguments: dict[str, Any] = dict(zip(_ARGUMENTS[name], node.args, strict=False)) | node.kwargs
-        if not set(arguments) <= {*_ARGUMENTS[name], "beta"} or "beta" in arguments:
+        arguments = _arguments_of(node)
+        if not arguments.keys() <= {*_ARGUMENTS[name]}:
             return None, data
         x = arguments.get("input")
         try:
@@ -541,7 +546,7 @@ def rewrite(node: Node, constants: Constants) -> None:
     if not (layer.folded if layer else isinstance(node.op, BatchNorm) and node.op.taken):
         return
     name = name_of(origin)
-    arguments: dict[str, Any] = dict(zip(_ARGUMENTS[name], origin.args, strict=False)) | origin.kwargs
+    arguments = _arguments_of(origin)
     if layer is not None and layer.folded is not None:
         weight, _ = untransposed(arguments["weight"]) if name in ("mm", "addmm") else (arguments["weight"], None)
         new = {"weight": layer.folded.weight, "bias": layer.folded.bias}

@@ -112,11 +112,12 @@ class Output(NamedTuple):
 Feed = dict[str, np.ndarray]
 
 
-class Model:
-    """A model to run: `inputs`, what `sizes` to prefer, and `run` of arrays by name."""
+class Model(NamedTuple):
+    """A model to run: `run` of arrays by name, and what sizes to prefer."""
 
-    def __init__(self, inputs: list[Input], run: Callable[[Feed], Any], sizes: Mapping[str, int] | None = None) -> None:
-        self.inputs, self.run, self.sizes = inputs, run, dict(sizes or {})
+    inputs: list[Input]
+    run: Callable[[Feed], Any]
+    sizes: Mapping[str, int] = {}
 
 
 RUNTIMES = {"onnx": "ONNX Runtime, its graph optimisation on", "torch": "PyTorch", "keras": "Keras"}
@@ -195,15 +196,12 @@ def _keras(path: Path, threads: int | None) -> Model:
         torch.set_num_threads(threads)
     model = load(path)
     tensors = keras.tree.flatten(model.input)
-    names = [tensor.name if len(tensors) > 1 or tensor.name else f"input {i}" for i, tensor in enumerate(tensors)]
-    inputs = [
-        Input(name, keras.backend.standardize_dtype(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in zip(names, tensors, strict=True)
-    ]
-    return Model(
-        inputs,
-        lambda feed: model.predict_on_batch(keras.tree.pack_sequence_as(model.input, [feed[name] for name in names])),
-    )
+    inputs = [Input(t.name, keras.backend.standardize_dtype(t.dtype), tuple(t.shape)) for t in tensors]
+
+    def run(feed: Feed) -> Any:
+        return model.predict_on_batch(keras.tree.pack_sequence_as(model.input, [feed[t.name] for t in tensors]))
+
+    return Model(inputs, run)
 
 
 def _outputs(value: Any, name: str = "") -> Iterator[Output]:
