@@ -6,6 +6,7 @@ calls `fold(graph)`, and then writes back what it finds: nodes that are `removed
 
     BatchNorm, Scaling            an affine map per channel, which may move: y = scale·x + shift
     Layer                         linear or convolution: takes the map of the BatchNorm behind or before it
+    Fixed                         a layer that cannot
     Same, Transpose, Reshape,     let a map pass, on another axis, under a condition, or in parts:
     Flatten, Pool, Concat, Split  BN(op(x)) = op(BN'(x))
 
@@ -244,6 +245,13 @@ class Layer:
         if weight.ndim == 2:
             return fold_linear(weight, bias, affine, layout=self.layout)
         return fold_conv(weight, bias, affine, groups=self.groups, transposed=self.transposed, layout=self.layout)
+
+
+@dataclass
+class Fixed:
+    """A layer with weights that are not constant, or otherwise not to be read: `why` says it."""
+
+    why: str
 
 
 @dataclass
@@ -549,8 +557,8 @@ def _pass(node: Node, route: Route, backward: bool) -> Route:
             return Route(route.affine, 1, node.inputs[0].rank if backward else 2, flat=True)
         case Pool():
             return _pooled(op, route, node, backward)
-        case BatchNorm():
-            raise Stays(f"{node} must stay as it is: {op.held}")
+        case BatchNorm(held=why) | Fixed(why):
+            raise Stays(f"{node} must stay as it is: {why}")
         case _:
             raise Stays(f"{node} stands there, which no scale and shift can pass")
 

@@ -14,7 +14,21 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnx.reference import ReferenceEvaluator
 
 from ..affine import SIGNIFICAND_BITS, BatchNormParams
-from .graph import BatchNorm, Concat, Flatten, Graph, Layer, Pool, Reshape, Same, Scaling, Split, Transpose, Value
+from .graph import (
+    BatchNorm,
+    Concat,
+    Fixed,
+    Flatten,
+    Graph,
+    Layer,
+    Pool,
+    Reshape,
+    Same,
+    Scaling,
+    Split,
+    Transpose,
+    Value,
+)
 
 # What exporters compute from weights in the graph; evaluated by ONNX's own reference implementation.
 CONSTANT_OPS = {"Constant", "ConstantOfShape", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose"}
@@ -299,7 +313,9 @@ class Reader:
     def _conv(self, origin, transposed=False):
         (node,) = origin
         weight, bias, held = self._parameters(node)
-        if weight is None or not 3 <= weight.ndim <= 5:
+        if weight is None:
+            return Fixed(held), reads(node)
+        if not 3 <= weight.ndim <= 5:
             return None
         kernel = weight.shape[2:]
         same = attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME")
@@ -314,7 +330,9 @@ class Reader:
     def _gemm(self, origin):
         (node,) = origin
         weight, bias, held = self._parameters(node)
-        if weight is None or weight.ndim != 2:
+        if weight is None:
+            return Fixed(held), reads(node)
+        if weight.ndim != 2:
             return None
         n_out = weight.shape[0 if attribute(node, "transB", 0) else 1]
         if bias is not None:
@@ -334,6 +352,8 @@ class Reader:
         left, right = (self.constants.get(name) for name in node.input)
         at = 1 if right is not None else 0
         weight = right if right is not None else left
+        if weight is None and (over := self.constants.overridable.intersection(node.input)):
+            return Fixed(f"its weight {self.constants.why_not(over.pop())}"), reads(node)
         if weight is None or weight.ndim != 2 or (left is not None and right is not None):
             return None
         if at == 0 and self.rank(node.input[1]) == 1:
@@ -370,7 +390,7 @@ class Reader:
         """Return weight, bias, and why they must stay; no weight where it is not constant at all."""
         weight, bias = self.constants.get(node.input[1]), None
         if weight is None:
-            return None, None, ""
+            return None, None, f"its weight {self.constants.why_not(node.input[1])}"
         held = self._held(node.input[1], weight)
         if len(node.input) > 2 and node.input[2]:
             bias = self.constants.get(node.input[2])
