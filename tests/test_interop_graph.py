@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference_graph import Model, Refused
 
 from fastbn import BatchNormParams
-from fastbn.interop.graph import BatchNorm, Layer, Scaling, fold
+from fastbn.interop.graph import BatchNorm, Graph, Layer, Scaling, Value, fold
 from fastbn.interop.report import FOLDED, LEFT, MERGED, REWRITTEN
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -834,3 +834,23 @@ def test_a_merged_batch_norm(dtype):
     for name, a, b in zip(old._fields, untouched.merged(), old, strict=True):
         expected = {"gamma": np.ones(4), "beta": np.zeros(4)}.get(name) if b is None else b
         np.testing.assert_array_equal(a, expected)
+
+
+def test_channels_that_do_not_fit_the_input_name_the_node():
+    graph, op = Graph(), BatchNorm(BatchNormParams(None, None, np.zeros(4), np.ones(4)), 1)
+    graph.add("BN", "b", op, [Value("x", (None, 3, 8))], [Value("y", is_output=True)])
+    with pytest.raises(ValueError, match="BN 'b': expected 4 channels, as its parameters have, got 3 in its input"):
+        fold(graph)
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_ways_without_end_are_given_up(forward):
+    m = Model()
+    y = m.relu(m.input(1, 2, 1)) if forward else m.conv(m.input(1, 2, 1), 2)
+    y = m.bn(y) if forward else y
+    for _ in range(20):
+        y = m.concat(*m.split(y, 1, 1), axis=1)
+    m.output(m.conv(y, 2) if forward else m.bn(y))
+    (decision,) = fold(m.graph)
+    assert decision.action == LEFT
+    assert "ways to go" in decision.reason

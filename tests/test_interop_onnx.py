@@ -276,7 +276,7 @@ def test_channels_on_another_axis_than_the_features_are_left():
     """PyTorch's Linear over (N, L, F) with BatchNorm1d over L: several tools fold it where L == F."""
     text = "(T[n,6,4] x) => (T[n,6,6] y) { m = MatMul(x, w) a = Add(m, b) y = BN(a, p) }"
     _, report = check(text, "MatMul Add BatchNormalization", "left", w=(4, 6), b=(6,), p=6)
-    assert "channels are on axis 1, those of MatMul 'm' on axis 2" in reasons(report)
+    assert "channels are on axis 1, those of MatMul + Add 'm' on axis 2" in reasons(report)
     text = "(T[n,6,6] x) => (T[n,6,6] y) { d = BN(x, p) y = MatMul(d, w) }"
     check(text, "BatchNormalization MatMul", "left", w=(6, 6), p=6)
 
@@ -575,7 +575,8 @@ SHARED = {
     "two layers and BatchNorms": (
         "c = Conv(x, w) y = BN(c, p) d = Conv(x, w) z = BN(d, q)", "Conv BatchNormalization Conv BatchNormalization"),
     "forward": ("d = BN(x, p) y = Conv(d, w) z = Conv(d, w)", "BatchNormalization Conv Conv"),
-    "another operator": ("c = Conv(x, w) y = BN(c, p) e = Mul(w, w) z = Conv(x, e)", "Conv BatchNormalization Conv"),
+    "another operator": (
+        "c = Conv(x, w) y = BN(c, p) e = Mul(w, w) z = Conv(x, e)", "Conv BatchNormalization Mul Conv"),
 }  # fmt: skip
 
 
@@ -1178,15 +1179,36 @@ def test_a_slightly_negative_variance_is_none():
     check(text, "Conv", "folded", p_s=s, p_B=s, p_m=s, p_v=np.full(3, -1e-6, np.float32), **weights)
 
 
-def test_shapes_that_do_not_fit_are_left_or_refused():
-    text = "(T[n,2,5] x) => (T[n,3,5] y) { c = Conv(x, w) y = BN(c, p) }"
-    folded, report = interop.fold(build(text, w=(3, 2, 1), p=2))
-    assert len(norms(folded)) == 1
-    assert "2 channels meet the 3" in reasons(report)
-    folded, report = interop.fold(
-        build("(T[n,2] x) => (T[n,3] y) { c = Gemm(x, w, b) y = BN(c, p) }", w=(2, 3), b=(2,), p=3)
-    )
-    assert len(norms(folded)) == 1
+@pytest.mark.parametrize(
+    ("text", "weights", "why"),
+    [
+        ("(T[n,2,5] x) => (T[n,3,5] y) { c = Conv(x, w) y = BN(c, p) }", {"w": (3, 2, 1), "p": 2},
+         "BatchNormalization 'y': expected 2 channels, as its parameters have, got 3 in its input"),
+        ("(T[n,2,5] x) => (T[n,3,5] y) { c = Conv(x, w) r = Relu(c) y = BN(r, p) }", {"w": (3, 2, 1), "p": 5},
+         "BatchNormalization 'y': expected 5 channels"),
+        ("(T[n,2,5] x) => (T[n,3,5] y) { c = Conv(x, w, b) y = BN(c, p) }", {"w": (3, 2, 1), "b": (5,), "p": 3},
+         "Conv 'c': expected a bias of shape (3,), got (5,)"),
+        ("(T[n,4,5] x) => (T[n,3,5] y) { c = Conv(x, w) y = BN(c, p) }", {"w": (3, 2, 1), "p": 3},
+         "Conv 'c': expected 2 channels, as its parameters have, got 4 in its input"),
+        ("(T[n,2,5] x) => (T[n,3,5] y) { c = Conv(x, w) y = BN(c, p) }", {"w": (3, 2), "p": 3},
+         "Conv 'c': expected a weight of 3 axes or more, got (3, 2)"),
+        ("(T[n,2] x) => (T[n,3] y) { c = Gemm(x, w, b) y = BN(c, p) }", {"w": (2, 3), "b": (2,), "p": 3},
+         "Gemm 'c': expected a bias of (3,)"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused_by_name(text, weights, why):
+    with pytest.raises(ValueError, match=re.escape(why)):
+        interop.fold(build(text, **weights))
+
+
+def test_large_computed_weights_that_nothing_changes_are_not_copied():
+    body = "t = Transpose(w) c = MatMul(x, t) r = Relu(c) d = MatMul(r, v) y = BN(d, p)"
+    model = build(f"(T[n,300] x) => (T[n,300] y) {{ {body} }}", w=(300, 300), v=(300, 300), p=300)
+    folded, _ = interop.fold(model)
+    assert "Transpose" in operators(folded)
+    text = "(T[n,300] x) => (T[n,300] y) { t = Transpose(w) y = MatMul(x, t) }"
+    model = build(text, w=(300, 300))
+    assert interop.fold(model)[0] == model
 
 
 def test_what_float16_cannot_hold_is_left():

@@ -1427,3 +1427,78 @@ def test_folding_in_inference_mode_is_the_same():
         assert report.decisions[0].action == "left"
         assert torch.equal(folded(x), module(x))
         assert fold(made)[1].decisions[0].reason == "backward"
+
+
+class Taps(nn.Module):
+    """Uses a nn.Sequential in parts, in one of several ways, and cannot be traced."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        assert x.shape[1] == 3
+        match self.way:
+            case "each":
+                taps = []
+                for layer in self.features:
+                    x = layer(x)
+                    taps.append(x)
+                return tuple(taps)
+            case "slices":
+                y = self.features[:1](x)
+                return y, self.features[1:](y)
+            case "one":
+                return self.features[0](x), self.features(x)
+            case "weight":
+                return self.features(x) + self.features[0].weight.sum()
+            case "whole":
+                return self.features(x)
+
+
+def randomised(module):
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5) if "var" in name else tensor.normal_()
+    return module.eval()
+
+
+@pytest.mark.parametrize("way", ["each", "slices", "one", "weight", "whole"])
+def test_a_sequential_that_is_not_called_as_a_whole(way):
+    module, x = randomised(Taps(way)), torch.rand(2, 3, 6, 6)
+    folded, report = fold(module)
+    assert [decision.action for decision in report] == [FOLDED]
+    if way == "whole":
+        for copied in (folded, copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+            torch.testing.assert_close(copied(x), module(x), rtol=1e-5, atol=1e-5)
+            with pytest.raises(ValueError, match="features: expected the nn.Sequential to be called as a whole"):
+                copied.features[0](x)
+            with pytest.raises(AssertionError):
+                copied(x[:, :2])
+    elif way != "weight":  # which no hook can see
+        with pytest.raises(ValueError, match="features: expected the nn.Sequential to be called as a whole"):
+            folded(x)
+    state = torch.get_rng_state()
+    folded, report = fold(module, example_inputs=x)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [decision.action for decision in report] == [FOLDED if way == "whole" else LEFT]
+    result, expected = folded(x), module(x)
+    for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (result, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_shape_asks_for_example_inputs():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            a, b = self.conv(x).chunk(2, 1)
+            return self.bn(a) + b
+
+    module = randomised(Halves())
+    assert "the shape is not known, give example_inputs=" in fold(module)[1].decisions[0].reason
+    assert fold(module, example_inputs=torch.rand(1, 3, 4, 4))[1].decisions[0].action == FOLDED

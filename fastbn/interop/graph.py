@@ -6,9 +6,9 @@ calls `fold(graph)`, and then writes back what it finds: nodes that are `removed
 
     BatchNorm, Scaling            an affine map per channel, which may move: y = scale·x + shift
     Layer                         linear or convolution: takes the map of the BatchNorm behind or before it
-    Fixed                         a layer that cannot
     Same, Transpose, Reshape,     let a map pass, on another axis, under a condition, or in parts:
     Flatten, Pool, Concat, Split  BN(op(x)) = op(BN'(x))
+    Opaque                        would do one of these, but for a reason; as None does, it lets nothing pass
 
 A BatchNorm goes backward if it can, through values that nobody else reads, else forward, into every reader of its
 output, else it stays, with the constant factors and summands beside it taken in.
@@ -27,6 +27,8 @@ import numpy as np
 from ..affine import EXACT, Affine, BatchNormParams, floating
 from ..fold import Folded, cast, fold_conv, fold_into_conv, fold_into_linear, fold_linear
 from .report import FOLDED, LEFT, MERGED, REWRITTEN, Decision
+
+MOST_STEPS = 5000
 
 
 class Stays(Exception):
@@ -248,8 +250,8 @@ class Layer:
 
 
 @dataclass
-class Fixed:
-    """A layer with weights that are not constant, or otherwise not to be read: `why` says it."""
+class Opaque:
+    """What would let a map pass, or take it, but for `why`."""
 
     why: str
 
@@ -334,6 +336,13 @@ class _Plan:
         self.ranks: dict[Node, int] = {}
         self.gone: list[Node] = []
         self.path: list[Node] = []  # what lets the map pass, for the report
+        self.steps = 0
+
+    def step(self) -> None:
+        """Count the places that a map has been to: chains of Split and Concat have 2^n ways through them."""
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise Stays(f"there are more than {MOST_STEPS} ways to go")
 
     def before(self, node: Node, affine: Affine) -> None:
         """Let `node` take a map that stands in front of it."""
@@ -379,6 +388,7 @@ def remove(node: Node) -> None:
 
 def _backward(value: Value, route: Route, plan: _Plan) -> None:
     """Plan for the map that stands behind `value` to go to where `value` comes from."""
+    plan.step()
     if (node := value.producer) is None:
         raise Stays(f"{value.name!r}, which it reads, is an input of the model")
     if value.is_output:
@@ -421,6 +431,7 @@ def _forward(value: Value, route: Route, plan: _Plan) -> None:
     if value.is_output:
         raise Stays("its output is an output of the model")
     for node, index in value.readers:
+        plan.step()
         match op := node.op:
             case Layer():
                 if op.held or op.held_before:
@@ -557,8 +568,10 @@ def _pass(node: Node, route: Route, backward: bool) -> Route:
             return Route(route.affine, 1, node.inputs[0].rank if backward else 2, flat=True)
         case Pool():
             return _pooled(op, route, node, backward)
-        case BatchNorm(held=why) | Fixed(why):
-            raise Stays(f"{node} must stay as it is: {why}")
+        case BatchNorm():
+            raise Stays(f"{node} must stay as it is: {op.held}")
+        case Opaque(why):
+            raise Stays(f"{node} lets nothing pass: {why}")
         case _:
             raise Stays(f"{node} stands there, which no scale and shift can pass")
 
@@ -643,6 +656,8 @@ def fold(graph: Graph) -> list[Decision]:
 
     Raises ValueError, naming the node, where a BatchNorm's parameters are none (var + eps ≤ 0, NaN, shapes).
     """
+    for node in graph.nodes:
+        _check_channels(node)
     norms = [node for node in graph.nodes if isinstance(node.op, BatchNorm)]
     free = [node for node in norms if not node.op.held]
     for node in free:
@@ -657,6 +672,23 @@ def fold(graph: Graph) -> list[Decision]:
         if not any(node.removed for node in waiting):
             break
     return [_decision(node, fates.get(node)) for node in norms]
+
+
+def _check_channels(node: Node) -> None:
+    """Raise ValueError where a BatchNorm or a layer does not fit what is known of its input."""
+    match op := node.op:
+        case BatchNorm(held=""):
+            axis, channels = op.axis, np.size(op.params.mean)
+        case Layer(held=""):
+            axis, channels, n = op.in_axis, op.in_channels, op.out_channels
+            if op.bias is not None and op.bias.shape != (n,):
+                raise ValueError(f"{node}: expected a bias of shape ({n},), got {op.bias.shape}")
+        case _:
+            return
+    shape = node.inputs[0].shape
+    if shape is not None and -len(shape) <= axis < len(shape) and shape[axis] not in (None, channels):
+        got = f"{shape[axis]} in its input"
+        raise ValueError(f"{node}: expected {channels} channels, as its parameters have, got {got}")
 
 
 def _decision(node: Node, fate: _Fate | None) -> Decision:

@@ -25,7 +25,7 @@ from .report import LEFT, Decision, ModelReport
 __all__ = ["external_files", "fold", "load", "save"]
 
 PARAMETERISED = ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")
-LARGEST = 1 << 16  # values that a computed constant besides weights may have to be stored as an initializer
+LARGEST = 1 << 16  # values of a computed constant that becomes an initializer: a file must not grow by copies
 OLDEST_OPSET = 7  # before it, BatchNormalization had no inference form of its own
 
 
@@ -62,9 +62,9 @@ def fold(model: ModelProto | str | os.PathLike[str]) -> tuple[ModelProto, ModelR
     Notes
     -----
     Each weight is the exact product rounded once to its dtype, float16 and bfloat16 too: see `fastbn.fold_linear`.
-    Constant nodes, and nodes that compute weights or little else from constants, become initializers. Left as they
-    are: weights that other nodes read, initializers that are inputs too (a caller may override them, from IR version 4
-    on), nodes in training mode, and the bodies of If, Loop, Scan and local functions.
+    Where anything is folded, Constant nodes and nodes that compute small tensors from constants become initializers.
+    Left as they are: weights that other nodes read, initializers that are inputs too (a caller may override them, from
+    IR version 4 on), nodes in training mode, and the bodies of If, Loop, Scan and local functions.
 
     Examples
     --------
@@ -91,7 +91,8 @@ def fold(model: ModelProto | str | os.PathLike[str]) -> tuple[ModelProto, ModelR
     graph = reader.graph()
     nodes, parameters = _sizes(model, reader.constants)
     decisions = folding.fold(graph) + list(_inside(model))
-    _Writer(reader, graph).write()
+    if any(decision.action != LEFT for decision in decisions):
+        _Writer(reader, graph).write()
     nodes_after, parameters_after = _sizes(model, Constants(model))
     return model, ModelReport(tuple(decisions), nodes, nodes_after, parameters, parameters_after)
 
@@ -246,7 +247,8 @@ class _Writer:
         if not constants.is_constant_node(node) or node.output[0] in {value.name for value in self.proto.output}:
             return False
         value = np.asarray(constants.get(node.output[0]))
-        large = value.size > LARGEST and node.op_type != "Constant" and node.output[0] not in self.weights
+        filled = node.op_type == "ConstantOfShape" and node.output[0] in self.weights
+        large = value.size > LARGEST and node.op_type != "Constant" and not filled
         return not large and (value.dtype.kind in "fiub" or value.dtype.name == "bfloat16")
 
     def _as_input(self, tensor: TensorProto) -> None:

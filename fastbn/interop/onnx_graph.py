@@ -17,10 +17,10 @@ from ..affine import SIGNIFICAND_BITS, BatchNormParams
 from .graph import (
     BatchNorm,
     Concat,
-    Fixed,
     Flatten,
     Graph,
     Layer,
+    Opaque,
     Pool,
     Reshape,
     Same,
@@ -275,7 +275,8 @@ class Reader:
             outputs = [self._value(name) for name in origin[-1].output if name]
             if isinstance(op, Layer) and outputs[0].shape is None and proto.op_type != "MatMul":
                 outputs[0].shape = (None, op.out_channels, *[None] * (op.weight.ndim - 2))
-            graph.add(proto.op_type, name_of(proto), op, [self._value(name) for name in data], outputs, origin)
+            kind = " + ".join(node.op_type for node in origin)
+            graph.add(kind, name_of(proto), op, [self._value(name) for name in data], outputs, origin)
         return graph
 
     def _value(self, name: str) -> Value:
@@ -314,9 +315,12 @@ class Reader:
         (node,) = origin
         weight, bias, held = self._parameters(node)
         if weight is None:
-            return Fixed(held), reads(node)
-        if not 3 <= weight.ndim <= 5:
-            return None
+            return Opaque(held), reads(node)
+        if weight.ndim < 3:
+            name = f"{node.op_type} {name_of(node)!r}"
+            raise ValueError(f"{name}: expected a weight of 3 axes or more, got {weight.shape}")
+        if weight.ndim > 5:
+            return Opaque(f"its weight has {weight.ndim} axes"), reads(node)
         kernel = weight.shape[2:]
         same = attribute(node, "auto_pad", b"NOTSET").startswith(b"SAME")
         padded = any(attribute(node, "pads", ())) or (same and prod(kernel) > 1)
@@ -331,7 +335,7 @@ class Reader:
         (node,) = origin
         weight, bias, held = self._parameters(node)
         if weight is None:
-            return Fixed(held), reads(node)
+            return Opaque(held), reads(node)
         if weight.ndim != 2:
             return None
         n_out = weight.shape[0 if attribute(node, "transB", 0) else 1]
@@ -339,7 +343,8 @@ class Reader:
             if bias.ndim > 1 and bias.shape[-2] != 1:
                 held = held or "its bias differs from row to row"
             elif bias.size not in (1, n_out):
-                held = held or f"its bias of shape {bias.shape} does not fit its weight"
+                shapes = f"{bias.shape} beside a weight of {weight.shape}"
+                raise ValueError(f"Gemm {name_of(node)!r}: expected a bias of ({n_out},), got {shapes}")
             else:
                 bias = np.broadcast_to(bias.reshape(-1), (n_out,)) * np.float64(attribute(node, "beta", 1.0))
         layout = "OI" if attribute(node, "transB", 0) else "IO"
@@ -353,7 +358,7 @@ class Reader:
         at = 1 if right is not None else 0
         weight = right if right is not None else left
         if weight is None and (over := self.constants.overridable.intersection(node.input)):
-            return Fixed(f"its weight {self.constants.why_not(over.pop())}"), reads(node)
+            return Opaque(f"its weight {self.constants.why_not(over.pop())}"), reads(node)
         if weight is None or weight.ndim != 2 or (left is not None and right is not None):
             return None
         if at == 0 and self.rank(node.input[1]) == 1:

@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from ..layer import BatchNorm
 from . import graph as folding
@@ -34,6 +35,7 @@ from .report import LEFT, Decision, ModelReport
 from .torch_files import load, load_state_dict, save, save_state_dict
 from .torch_graph import Translation, operations, remove, rewrite
 from .torch_layers import (
+    WholeCheck,
     has_hooks,
     has_own_call,
     is_leaf,
@@ -73,7 +75,8 @@ def fold(module: Any, *, example_inputs: Any = None) -> tuple[Any, ModelReport]:
     -------
     module : torch.fx.GraphModule or ExportedProgram
         It shares no memory with the argument. Where torch.fx cannot trace a module, a copy of it in which
-        each nn.Sequential is folded, taken to be called as a whole, with nn.Identity for BatchNorms that are gone.
+        each nn.Sequential is folded, with nn.Identity for BatchNorms that are gone; called in parts, it then raises
+        ValueError. With `example_inputs` all stays if that, or anything else, makes it another function.
     report : ModelReport
         What became of each BatchNorm, and why.
 
@@ -133,7 +136,8 @@ def _fold_module(original: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[n
         traced = _traced(module, inputs)
     except Exception as error:  # whatever the model's own Python raises on proxies
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return _fold_sequentials(original, why)  # tracing may have left its traces in the copy
+        folded, report = _fold_sequentials(original, why)  # tracing may have left its traces in the copy
+        return (folded, report) if inputs is None else _checked(original, folded, report, inputs)
     nodes, parameters = operations(traced.graph), _parameters(module)
     read = {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
     if inputs is not None:
@@ -357,12 +361,17 @@ def _fold_sequentials(original: nn.Module, why: str) -> tuple[nn.Module, ModelRe
         value.is_output = True
         infer_shapes(graph)
         decisions += folding.fold(graph)
+        changed: list[nn.Module] = []
         for node in graph.nodes:
             if node.removed:
                 parent, _, leaf = node.name.rpartition(".")
-                module.get_submodule(parent)._modules[leaf] = nn.Identity()
-            else:
+                changed.append(nn.Identity())
+                module.get_submodule(parent)._modules[leaf] = changed[-1]
+            elif getattr(node.op, "folded", None) is not None or getattr(node.op, "taken", False):
                 set_parameters(node.origin, node)
+                changed.append(node.origin)
+        if changed:
+            WholeCheck(name).watch(part, changed)
     note = f"its nn.Sequential is taken to be called as a whole, for the model cannot be traced ({why})"
     decisions = [decision._replace(reason=f"{decision.reason}; {note}") for decision in decisions]
     left = f"it is in no nn.Sequential that is folded, and the model cannot be traced ({why})"
@@ -371,6 +380,39 @@ def _fold_sequentials(original: nn.Module, why: str) -> tuple[nn.Module, ModelRe
         nodes=(sizes[0], _count(module)), parameters=(sizes[1], _parameters(module)),
     )  # fmt: skip
     return module, report
+
+
+def _checked(
+    original: nn.Module, folded: nn.Module, report: ModelReport, inputs: tuple[Any, ...]
+) -> tuple[nn.Module, ModelReport]:
+    """Return what was folded inside each nn.Sequential if it does the same on the inputs, else a copy of the model."""
+    outputs = []
+    for module in (_copied(original), copy.deepcopy(folded)):
+        try:
+            with torch.no_grad():
+                outputs.append(pytree.tree_leaves(module(*copy.deepcopy(inputs))))
+        except Exception as error:
+            if not outputs:
+                text = f"expected what the model can be called with, got an error: {error}"
+                raise ValueError(f"example_inputs: {text}") from error
+            outputs.append([])
+    if len(outputs[0]) == len(outputs[1]) and all(map(_is_close, *outputs)):
+        return folded, report
+    why = "the model cannot be traced, and with its nn.Sequential folded it does something else on example_inputs"
+    left = tuple(Decision(decision.node, LEFT, (), why) for decision in report)
+    sizes = (report.nodes_before,) * 2 + (report.parameters_before,) * 2
+    return _copied(original), ModelReport(left, *sizes)
+
+
+def _is_close(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor):
+        return not isinstance(b, torch.Tensor)
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return True
+    limit = min(1000 * torch.finfo(a.dtype).eps, 0.05) * a.double().abs().max()  # roundings of many layers
+    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=float(limit), equal_nan=True) if a.numel() else True
 
 
 def _is_plain_sequential(part: nn.Module, places: Mapping[int, int]) -> bool:

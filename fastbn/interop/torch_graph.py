@@ -26,6 +26,7 @@ from .graph import (
     Graph,
     Layer,
     Node,
+    Opaque,
     Pool,
     Reshape,
     Same,
@@ -207,6 +208,9 @@ def module_op_of(module: nn.Module) -> Any:
     return None if kind_of(module, (*LAYERS, *NORMS)) else module_op(module, Counter(), False)
 
 
+_NO_SHAPE = Opaque("the shape is not known, give example_inputs=")
+
+
 class Translation:
     """Hold the Graph of an fx graph, with fx nodes as origins.
 
@@ -342,6 +346,8 @@ class Translation:
             return None, ()
         if name in _SHAPING:
             return self._shaping(name, node), [node.args[0]]  # type: ignore[list-item]
+        if node.target is operator.getitem and data and name_of(data[0]) in ("chunk", "split", "split_with_sizes"):
+            return _NO_SHAPE, data  # else it would be a part of a Split
         if name not in _ARGUMENTS or len(node.args) > len(_ARGUMENTS[name]):
             return None, data
         arguments = _arguments_of(node)
@@ -403,7 +409,7 @@ class Translation:
             case "t" | "transpose":
                 shape = shape_of(x)
                 if shape is None:
-                    return None
+                    return _NO_SHAPE
                 perm = list(range(len(shape)))
                 i, j = (0, 1) if name == "t" else (a["dim0"], a["dim1"])
                 perm[i], perm[j] = perm[j], perm[i]
@@ -419,7 +425,7 @@ class Translation:
                 known = len(self._split_sizes(node))
                 parts = [u.args[1] for u in node.users if u.target is operator.getitem and u.args[0] is node]
                 usable = len(parts) == len(node.users) and all(isinstance(i, int) and 0 <= i < known for i in parts)
-                return Split(a.get("dim", 0)) if usable else None
+                return Split(a.get("dim", 0)) if usable else None if known else _NO_SHAPE
         n = int(name[-2])
         if name.startswith("avg"):
             if a.get("divisor_override") is not None:
@@ -515,9 +521,9 @@ class Translation:
         return self._reshape(node, x)
 
     @staticmethod
-    def _reshape(node: fx.Node, x: fx.Node) -> Reshape | None:
+    def _reshape(node: fx.Node, x: fx.Node) -> Reshape | Opaque:
         before, after = shape_of(x), shape_of(node)
-        return None if before is None or after is None else Reshape(before, after)
+        return _NO_SHAPE if before is None or after is None else Reshape(before, after)
 
 
 def operations(graph: fx.Graph) -> int:

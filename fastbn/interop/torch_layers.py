@@ -5,6 +5,7 @@ A module whose parameters are not its own, or which does more than its class say
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -248,6 +249,40 @@ class RankCheck:
             raise ValueError(
                 f"{self.name}: expected an input with {self.rank} axes, for which a BatchNorm was folded into it, got "
                 f"shape {tuple(x.shape)}; fold with example_inputs= of this shape"
+            )
+
+
+class WholeCheck:
+    """Hooks: what was folded inside a nn.Sequential runs only as a part of it, in its own forward."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._running = name, threading.local()
+
+    def __getstate__(self) -> str:
+        return self.name
+
+    def __setstate__(self, name: str) -> None:
+        self.name, self._running = name, threading.local()
+
+    def watch(self, sequential: nn.Module, parts: Iterable[nn.Module]) -> None:
+        """Let `parts` refuse calls from elsewhere than the forward of `sequential`."""
+        sequential.register_forward_pre_hook(self.enter)
+        sequential.register_forward_hook(self.leave, always_call=True)
+        for part in parts:
+            part.register_forward_pre_hook(self.check)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self._running.depth = getattr(self._running, "depth", 0) + 1
+
+    def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._running.depth -= 1
+
+    def check(self, module: nn.Module, args: Any) -> None:
+        """Raise ValueError where the nn.Sequential is not running."""
+        if not getattr(self._running, "depth", 0):
+            raise ValueError(
+                f"{self.name or 'the model'}: expected the nn.Sequential to be called as a whole, since BatchNorms "
+                "were folded inside it, got a call of one of its parts; such a model has to stay as it is"
             )
 
 
