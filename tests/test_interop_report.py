@@ -31,7 +31,7 @@ def test_counts():
 
 def test_the_table():
     expected = """\
-BatchNorm             into                 why
+BatchNorm             into                 why (backward: it stood behind that; forward: before it)
 bn_first   folded     conv, a longer name  forward
 bn         folded     conv                 backward
 middle     merged     last                 forward through pool 'p'

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..fold import FoldReport
 
+WHY = "why (backward: it stood behind that; forward: before it)"
 FOLDED, MERGED, REWRITTEN, LEFT = "folded", "merged", "rewritten", "left"
 
 
@@ -85,7 +86,7 @@ class ModelReport:
 
     def __str__(self) -> str:
         """Return a table with one line for each BatchNorm, then the totals."""
-        rows = [("BatchNorm", "", "into", "why"), *((d.node, d.action, ", ".join(d.into), d.reason) for d in self)]
+        rows = [("BatchNorm", "", "into", WHY), *((d.node, d.action, ", ".join(d.into), d.reason) for d in self)]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(t.ljust(w) for t, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows]
         return "\n".join([*(lines if self.decisions else []), self.summary()])
