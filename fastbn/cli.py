@@ -72,12 +72,13 @@ be folded stays a BatchNorm, and the table says why.
   .onnx                          ONNX (pip install "fastbn[onnx]")
   .pt2                           a PyTorch program, by torch.export.save (pip install "fastbn[torch]")
   .keras, .h5, .hdf5             Keras; what is written is .keras (pip install "fastbn[keras]")
-  .safetensors, .npz, .pt, .pth  arrays by name; which BatchNorm stands where must be said: see below"""
+  .safetensors, .npz, .pt, .pth  arrays by name; which BatchNorm stands where: see below"""
 
 _FOLD_ENDS = """\
 examples:
   fastbn fold model.onnx folded.onnx --verify
   fastbn fold model.onnx --dry-run
+  fastbn fold net.safetensors out.safetensors
   fastbn fold net.safetensors out.safetensors --pairs bn1=conv1,bn2=conv2 --transposed none
 
 exit codes: 0 done; 1 the models differ, nothing is written; 2 bad input, nothing is written; 130 interrupted"""
@@ -116,22 +117,23 @@ def _add_fold(commands: Any) -> None:
     checks.add_argument("--threads", type=_positive, metavar="N", help="threads of the runtime (default: its own)")
 
     arrays = fold.add_argument_group("arrays (.safetensors, .npz, .pt, .pth)")
-    arrays.add_argument("--pairs", type=_mapping, metavar="BN=LAYER,...", help="each BatchNorm and the layer before it")
+    arrays.add_argument(
+        "--pairs", type=_mapping, metavar="BN=LAYER,...",
+        help="each BatchNorm and the layer before it; without --pairs and --before the names decide (bn1 and conv1, "
+        "0 and 1 of a Sequential), where channels and order do not contradict them; that nothing stands between the "
+        "two is then for you to know",
+    )  # fmt: skip
     arrays.add_argument(
         "--before", type=_multimapping, metavar="BN=LAYER,...",
         help="each BatchNorm and the layer behind it; where several layers read it, name it with each",
-    )  # fmt: skip
-    arrays.add_argument(
-        "--infer-pairs", action="store_true",
-        help="pair by names (bn1 and conv1, 0 and 1 of a Sequential), where channels and order do not contradict them; "
-        "that nothing stands between the two is for you to know",
     )  # fmt: skip
     arrays.add_argument(
         "--eps", type=_number, metavar="E", help="eps of the BatchNorms (default 1e-5 for PyTorch's names)"
     )
     arrays.add_argument(
         "--transposed", type=_names, metavar="LAYER,...",
-        help='the transposed convolutions, or "none"; needed where shapes do not tell',
+        help='the transposed convolutions, or "none"; without it, one whose shape fits both kinds is taken for none, '
+        "and left if its name is like deconv, up or decoder",
     )  # fmt: skip
     arrays.add_argument(
         "--layouts", type=_mapping, metavar="LAYER=OIHW,...", help="axes of weights in another order than usual"

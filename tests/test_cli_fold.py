@@ -89,8 +89,8 @@ class TestArrays:
         assert f"written: out{suffix}" in out
 
     def test_inferred_pairs_and_eps(self, capsys):
-        fold(arrays_file(), "out.npz", "--infer-pairs", "--eps", "0.25", "--transposed", "none")
-        expected, _ = arrays.fold(state(), "infer", eps=0.25, transposed=())
+        fold(arrays_file(), "out.npz", "--eps", "0.25", "--transposed", "none")
+        expected, _ = arrays.fold(state(), {"bn1": "conv1"}, eps=0.25)
         assert arrays.load("out.npz")["conv1.weight"].tobytes() == expected["conv1.weight"].tobytes()
         out = capsys.readouterr().out
         assert "the pair inferred from the names; eps 0.25\n" in out
@@ -108,12 +108,28 @@ class TestArrays:
             "layouts": {"b": "HWIO"}, "unpadded": ["f", "g"], "eps": 1e-3,
         }  # fmt: skip
 
-    def test_no_pairs(self, capsys, folder):
-        arrays_file()
-        before = folder()
-        assert "in.npz: pairs: expected" in (error := refused(capsys, "in.npz", "out.npz"))
-        assert "bn1=conv1" in error
-        assert folder() == before
+    @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+    def test_without_options_the_names_decide_and_it_says_so(self, suffix, capsys):
+        if suffix != ".npz":
+            pytest.importorskip({".pt": "torch"}.get(suffix, suffix[1:]))
+        square = {"conv1.weight": np.random.default_rng(1).normal(size=(6, 6, 3, 3)).astype(np.float32)}
+        fold(arrays_file(f"in{suffix}", **square), f"out{suffix}", "--verify")
+        expected, _ = arrays.fold(state() | square, {"bn1": "conv1"}, transposed=())
+        got = arrays.load(f"out{suffix}")
+        assert got.keys() == expected.keys()
+        assert all(got[name].tobytes() == expected[name].tobytes() for name in got)
+        out = capsys.readouterr().out
+        assert "the pair inferred from the names; eps 1e-05 by default; conv1 taken as a convolution that is not" in out
+        assert "norm       left           no pair inferred from the names: no layer's name fits its own" in out
+        assert out.count("whether a ReLU or anything else stands between, the file does not show") == 1
+        assert "verification passed" in out
+
+    @pytest.mark.parametrize("options", [("--pairs", "bn1=conv1"), ("--before", "bn1=fc")])
+    def test_nothing_is_inferred_where_something_is_said(self, options, capsys):
+        fold(arrays_file(**{"fc.weight": np.ones((2, 6), np.float32)}), "out.npz", *options)
+        out = capsys.readouterr().out
+        assert "1 folded" in out
+        assert "inferred" not in out
 
     @pytest.mark.parametrize("text", ["bn1", "bn1=", "=conv1", "a=b=c", "a=b,", "a=b,a=c"])
     def test_pairs_that_are_none(self, text, capsys):
@@ -253,6 +269,37 @@ class TestPlaces:
         fold("in.npz", "sub/out.npz", *PAIRS)
         assert os.listdir("sub") == ["out.npz"]
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+    @pytest.mark.parametrize("link", [False, True])
+    @pytest.mark.parametrize("argument", ["output", "report"])
+    def test_what_is_no_regular_file_is_not_replaced(self, argument, link, capsys, tmp_path):
+        """As root, a rename over /dev/null would take it from everybody."""
+        arrays_file()
+        os.mkfifo("pipe.npz")
+        if link:
+            os.symlink("pipe.npz", "link.npz")
+        name = "link.npz" if link else "pipe.npz"
+        places = ("in.npz", name) if argument == "output" else ("in.npz", "out.npz", "--report", name)
+        assert f"{name}: expected the name of a file, got a device, a pipe or a socket" in refused(capsys, *places)
+        assert (tmp_path / "pipe.npz").is_fifo()
+        assert not os.path.exists("out.npz")
+
+    def test_reports_to_devices_are_refused(self, capsys):
+        if not os.path.exists("/dev/null"):
+            pytest.skip("no /dev/null")
+        os.symlink("/dev/null", "r.json")
+        error = refused(capsys, arrays_file(), "--dry-run", "--report", "r.json")
+        assert "r.json: expected the name of a file" in error
+
+    @pytest.mark.parametrize("place", ["in", "out", "report"])
+    def test_names_that_are_too_long(self, place, capsys):
+        arrays_file()
+        long = f"{'a' * 300}.npz"
+        names = {"in": (long, "out.npz"), "out": ("in.npz", long), "report": ("in.npz", "o.npz", "--report", long)}
+        error = refused(capsys, *names[place])
+        assert long in error
+        assert os.listdir() == ["in.npz"]
+
     def test_mode_is_that_of_a_new_file(self, tmp_path, monkeypatch):
         (tmp_path / "new").touch()
         save = arrays.save
@@ -333,14 +380,13 @@ class TestInput:
             (["in.npz", "out", *PAIRS], "out: expected the suffix .npz"),
             (["in.npz", "out.npz", "--pairs", "bn9=conv1"], "in.npz: pairs: expected the name of a BatchNorm"),
             (["in.npz", "out.npz", "--pairs", "norm=conv1"], "in.npz: conv1: expected channels that fit"),
-            (["in.npz", "out.npz", "--infer-pairs", *PAIRS], "in.npz: expected --pairs or --infer-pairs, got both"),
             (["in.npz", "out.npz", "--tolerance", "1"], "in.npz: expected --verify with --tolerance"),
             (["in.npz", "out.npz", "--shape", "x=1"], "in.npz: expected --verify with --shape"),
             (["in.npz", "out.npz", "--input", "a.npy"], "in.npz: expected --verify with --input"),
             (["in.npz", "out.npz", "--verify", "--shape", "x=1"], "in.npz: expected no --shape: arrays are no model"),
             (["in.npz", "out.npz", "--verify", "--threads", "1"], "in.npz: expected no --threads"),
             (["m.onnx", "out.onnx", "--eps", "0"], "m.onnx: expected --eps only for arrays"),
-            (["m.onnx", "out.onnx", "--infer-pairs"], "m.onnx: expected --infer-pairs only for arrays"),
+            (["m.onnx", "out.onnx", "--transposed", "none"], "m.onnx: expected --transposed only for arrays"),
             (["m.h5", "out.h5"], "out.h5: expected the suffix .keras"),
         ],
     )  # fmt: skip
@@ -371,6 +417,28 @@ class TestInput:
         assert refused(capsys, f"in{suffix}", output).startswith(f"fastbn fold: in{suffix}: expected")
         assert folder() == before
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("content", ["truncated", "random", "another zip"])
+    def test_keras_files_that_are_no_model(self, content, capsys, tmp_path, folder, monkeypatch):
+        """Keras says of some of them that there is no such file."""
+        pytest.importorskip("torch")
+        monkeypatch.setenv("KERAS_BACKEND", "torch")
+        keras = pytest.importorskip("keras")
+        path = tmp_path / "in.keras"
+        keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save(path)
+        if content == "another zip":
+            np.savez(path.with_suffix(".npz"), a=np.ones(2))
+            path.with_suffix(".npz").rename(path)
+        else:
+            random = np.random.default_rng(0).bytes(3000)
+            path.write_bytes(random if content == "random" else path.read_bytes()[:-200])
+        before = folder()
+        error = refused(capsys, "in.keras", "out.keras")
+        assert error.startswith("fastbn fold: in.keras: expected a Keras model")
+        assert "not found: filepath" not in error
+        assert ("it is no zip file, or truncated" in error) == (content != "another zip")
+        assert folder() == before
+
     @pytest.mark.parametrize("value", [np.nan, -1.0])
     def test_statistics_that_are_none(self, value, capsys, folder):
         arrays_file(**{"bn1.running_var": np.full(6, value, np.float32)})
@@ -390,8 +458,7 @@ class TestInput:
         if hasattr(fastbn.interop, package):
             monkeypatch.delattr(fastbn.interop, package)
         monkeypatch.setenv("KERAS_BACKEND", "torch")
-        options = ["--infer-pairs"] if suffix in array_files.SUFFIXES else []
-        error = refused(capsys, f"in{suffix}", f"out{suffix}", *options)
+        error = refused(capsys, f"in{suffix}", f"out{suffix}")
         assert f'pip install "fastbn[{package}]"' in error
         assert os.listdir() == [f"in{suffix}"]
 
@@ -535,12 +602,60 @@ def test_as_a_process(tmp_path):
     assert process.stderr == "fastbn fold: in.npz: expected another file than in.npz, which it is\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["out.npz", "--verify"], ["none/out.npz"]], ids=["done", "refused"])
+@pytest.mark.parametrize("where", ["pipe that nobody reads", "/dev/full", "closed"])
+def test_work_goes_on_where_nothing_can_be_printed(where, arguments, tmp_path):
+    arrays_file(**{f"extra{i}.running_{key}": np.ones(2) for i in range(3000) for key in ("mean", "var")})
+    code = f"""
+        import os, subprocess, sys
+        os.chdir({str(tmp_path)!r})
+        command = [sys.executable, "-c", "import sys; from fastbn.cli import main; sys.exit(main(sys.argv[1:]))",
+                   "fold", "in.npz", *{arguments!r}]
+        reads, writes = os.pipe()
+        os.close(reads)
+        stream = writes if {where!r}.startswith("pipe") else open("/dev/full", "w")
+        if {where!r} == "closed":
+            command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+        process = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True)
+        print(process.returncode, process.stderr, end="")
+    """
+    out = run_python(code, PYTHONUNBUFFERED="").stdout
+    if arguments[0] == "out.npz":
+        assert out == "0 "
+        assert "conv1.bias" in arrays.load("out.npz")
+    else:
+        assert out == "2 fastbn fold: none/out.npz: expected a folder to write to, got no such folder\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_errors_that_cannot_be_printed(tmp_path):
+    code = f"""
+        import subprocess, sys
+        command = [sys.executable, "-c", "import sys; from fastbn.cli import main; sys.exit(main(sys.argv[1:]))",
+                   "fold", "none.npz", "out.npz"]
+        print(subprocess.run(command, cwd={str(tmp_path)!r}, stderr=open("/dev/full", "w")).returncode)
+    """
+    assert run_python(code, PYTHONUNBUFFERED="").stdout == "2\n"
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    arrays_file("größe.npz")
+    code = f"""
+        import os, sys
+        os.chdir({str(tmp_path)!r})
+        from fastbn.cli import main
+        sys.exit(main(["fold", "größe.npz", "maß.npz"]))
+    """
+    assert r"written: ma\xdf.npz" in run_python(code, PYTHONIOENCODING="ascii").stdout
+
+
 def test_help_names_the_formats_the_options_and_the_exit_codes(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fold", "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for text in (*files.FORMATS, "--verify", "--infer-pairs", "exit codes: 0 done", 'pip install "fastbn[onnx]"'):
+    for text in (*files.FORMATS, "--verify", "--pairs", "exit codes: 0 done", 'pip install "fastbn[onnx]"'):
         assert text in out
 
 
@@ -761,7 +876,13 @@ class TestOnnx:
         assert "3 random inputs (x float32 [1, 3, 8, 8]) and x.npy and x.npz" in capsys.readouterr().out
         np.save("bad.npy", x[0])
         error = refused(capsys, "in.onnx", "--dry-run", "--verify", "--threads", "1", "--input", "bad.npy")
-        assert "expected inputs that the model runs on" in error
+        assert "in.onnx: bad.npy: expected inputs that the model runs on" in error
+        np.savez("bad.npz", wrong=x)
+        error = refused(capsys, "in.onnx", "--dry-run", "--verify", "--threads", "1", "--input", "bad.npz")
+        assert "bad.npz: expected arrays for the inputs x, got wrong" in error
+        (tmp_path / "bad.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-30])
+        error = refused(capsys, "in.onnx", "--dry-run", "--verify", "--threads", "1", "--input", "bad.npz")
+        assert "bad.npz: expected an .npz or .npy file" in error
         np.savez("bad.npz", y=x, z=x)
         error = refused(capsys, "in.onnx", "--dry-run", "--verify", "--threads", "1", "--input", "bad.npz")
         assert "bad.npz: expected arrays for the inputs x, got y, z" in error
@@ -889,6 +1010,41 @@ class TestKeras:
         assert "output[1] float32: largest |difference| 0" in out
         assert "(Keras; medians" in out
         assert set(folder()) == {f"in{suffix}", "out.keras"}
+
+    def sequential(self, keras, name):
+        layers = keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(), keras.layers.Flatten()
+        model = keras.Sequential([keras.Input((8, 8, 3), name="x"), *layers, keras.layers.Dense(2)])
+        rng = np.random.default_rng(0)
+        model.set_weights([rng.uniform(0.5, 2, w.shape) for w in model.get_weights()])
+        model.save(name)
+        return name
+
+    @pytest.mark.parametrize("suffix", [".keras", ".h5"])
+    def test_a_sequential_from_end_to_end(self, keras, suffix, capsys, folder):
+        if suffix == ".h5":
+            pytest.importorskip("h5py")
+        source = self.sequential(keras, f"in{suffix}")
+        np.save("x.npy", np.ones((2, 8, 8, 3)))
+        fold(source, "out.keras", "--verify", "--threads", "1", "--input", "x.npy")
+        out = capsys.readouterr().out
+        assert "1 folded" in out
+        assert "verification passed: 3 random inputs (" in out
+        assert " float32 [2, 8, 8, 3]) and x.npy" in out
+        assert not any("batch" in layer.name for layer in keras.saving.load_model("out.keras").layers)
+        assert set(folder()) == {source, "out.keras", "x.npy"}
+
+    @pytest.mark.parametrize("suffix", [".keras", ".h5"])
+    def test_a_wrong_fold_of_a_sequential_is_not_written(self, keras, suffix, capsys, monkeypatch, folder):
+        from fastbn.interop import keras as front
+
+        if suffix == ".h5":
+            pytest.importorskip("h5py")
+        source = self.sequential(keras, f"in{suffix}")
+        before = folder()
+        break_weights(front, monkeypatch, lambda model: model.weights[0].assign(model.weights[0] * 1.01))
+        fold(source, "out.keras", "--verify", "--threads", "1", code=1)
+        assert "verification FAILED" in capsys.readouterr().out
+        assert folder() == before
 
     @pytest.mark.parametrize(
         ("said", "installed", "chosen"),

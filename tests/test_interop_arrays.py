@@ -192,12 +192,55 @@ class TestLayouts:
         assert "up transposed, 1 groups" in report.decisions[0].reason
 
     @pytest.mark.parametrize("shape", [(6, 6, 2), (6, 3, 2, 2), (6, 2, 1)], ids=str)
-    def test_what_fits_both_must_be_said(self, shape):
+    def test_what_fits_both_is_taken_as_not_transposed_and_said_to_be(self, shape):
         state = {**weight("c", *shape), **norm("bn", 6)}
-        with pytest.raises(ValueError, match="transposed: expected .* the shapes of c fit both kinds, got None"):
-            arrays.fold(state, {"bn": "c"})
-        results = [arrays.fold(state, {"bn": "c"}, transposed=said)[0]["c.weight"] for said in ((), ["c"])]
-        assert results[0].tobytes() != results[1].tobytes()
+        weights = []
+        for said in None, (), ["c"]:
+            new, report = arrays.fold(state, {"bn": "c"}, transposed=said)
+            weights.append(new["c.weight"].tobytes())
+            assumed = "c taken as a convolution that is not transposed" in report.decisions[0].reason
+            assert assumed == (said is None)
+        assert weights[0] == weights[1] != weights[2]
+
+    @pytest.mark.parametrize(
+        "name",
+        ["deconv1", "up", "dec.up2.0", "upconv1", "UpSample.conv", "conv_transpose", "ConvTranspose2d_3", "transpose1",
+         "net.convT", "conv_tr2", "tconv1", "t_conv", "decoder.0", "trans_conv"],
+    )  # fmt: skip
+    def test_a_name_that_hints_at_a_transposed_one_leaves_what_fits_both(self, name):
+        state = {**weight(name, 6, 6, 2, 2), **norm("bn", 6)}
+        new, report = arrays.fold(state, {"bn": name})
+        assert actions(report) == {"bn": LEFT}
+        assert new.keys() == state.keys()
+        assert "transposed= (--transposed)" in report.decisions[0].reason
+        plain, as_said = (arrays.fold(state, {"bn": name}, transposed=said) for said in ((), [name]))
+        assert actions(plain[1]) == actions(as_said[1]) == {"bn": FOLDED}
+        assert plain[0][f"{name}.weight"].tobytes() != as_said[0][f"{name}.weight"].tobytes()
+
+    @pytest.mark.parametrize("name", ["conv1", "first_conv", "group.conv", "layer1.0.conv2", "transition.conv"])
+    def test_other_names_do_not(self, name):
+        assert actions(arrays.fold({**weight(name, 6, 6, 2, 2), **norm("bn", 6)}, {"bn": name})[1]) == {"bn": FOLDED}
+
+    def test_a_name_like_that_of_a_transposed_one(self):
+        """Of a generator: 0 can only be transposed, so 3 may be."""
+        state = {**weight("g.3", 4, 4, 4, 4), **norm("g.4", 4), **weight("g.0", 10, 4, 4, 4), **norm("g.1", 4)}
+        state |= {**weight("conv", 4, 4, 3, 3), **norm("bn", 4)}
+        _, report = arrays.fold(state)
+        assert actions(report) == {"g.4": LEFT, "g.1": FOLDED, "bn": FOLDED}
+        assert "its name is like that of a transposed convolution" in report.decisions[0].reason
+
+    def test_a_name_is_not_asked_where_the_shape_tells(self):
+        state = {**weight("up", 6, 5, 3, 3), **norm("bn", 6)}
+        assert actions(arrays.fold(state, {"bn": "up"})[1]) == {"bn": FOLDED}
+
+    def test_a_kernel_before_which_it_stands_that_may_be_depthwise(self):
+        state = {**norm("bn", 4, keras=True), **weight("conv", 1, 1, 4, 2, leaf="kernel")}
+        _, report = arrays.fold(state, before={"bn": "conv"}, eps=1e-3, transposed=())
+        assert actions(report) == {"bn": LEFT}
+        assert "HWIO or HWIM: say which by layouts= (--layouts)" in report.decisions[0].reason
+        for layout in "HWIO", "HWIM":
+            _, report = arrays.fold(state, before={"bn": "conv"}, eps=1e-3, transposed=(), layouts={"conv": layout})
+            assert actions(report) == {"bn": FOLDED}
 
     def test_depthwise_is_the_same_either_way(self):
         state = {**weight("c", 6, 1, 3, 3), **norm("bn", 6)}
@@ -274,7 +317,7 @@ class TestRefused:
             ({"pairs": {"bn1": "conv9"}}, r"pairs: expected the name of a layer (conv1), got 'conv9'"),
             ({"before": {"bn1": "conv9"}}, r"before: expected the name of a layer (conv1), got 'conv9'"),
             ({"pairs": {"bn1": "bn1"}}, r"pairs: expected the name of a layer"),
-            ({"pairs": "guess"}, "pairs: expected a mapping, \"infer\" or None, got 'guess'"),
+            ({"pairs": "infer"}, "pairs: expected a mapping or None, got 'infer'"),
             ({"pairs": {"bn1": "conv1"}, "before": {"bn1": "conv1"}}, "before: expected BatchNorms that are not in"),
             ({"pairs": {"bn1": "conv1"}, "transposed": ["up"]}, "transposed: expected names of layers (conv1), got"),
             ({"pairs": {"bn1": "conv1"}, "transposed": "conv1"}, "transposed: expected names of layers"),
@@ -289,10 +332,6 @@ class TestRefused:
     def test_two_behind_one_layer(self):
         with pytest.raises(ValueError, match="pairs: expected one BatchNorm for conv1, got 2"):
             arrays.fold(CONV1 | norm("bn2", 6), {"bn1": "conv1", "bn2": "conv1"}, transposed=())
-
-    def test_no_pairs_at_all_proposes_some(self):
-        with pytest.raises(ValueError, match=r"the names suggest bn1=conv1: .*pairs=\"infer\""):
-            arrays.fold(CONV1)
 
     @pytest.mark.parametrize(("key", "value"), [("running_var", np.nan), ("running_var", -1.0), ("weight", np.inf)])
     def test_parameters_that_are_none(self, key, value):
@@ -358,8 +397,9 @@ class TestRefused:
 
     def test_eps_of_keras(self):
         state = {**weight("conv", 3, 2, 6, leaf="kernel"), **norm("bn", 6, keras=True)}
-        with pytest.raises(ValueError, match=r"eps: expected a number for bn, .*1e-3"):
-            arrays.fold(state, {"bn": "conv"}, transposed=())
+        for pairs in {"bn": "conv"}, None:
+            with pytest.raises(ValueError, match=r"eps: expected a number for bn, .*eps=1e-3, --eps 1e-3"):
+                arrays.fold(state, pairs, transposed=())
 
     @pytest.mark.parametrize("state", [{"a": [1.0]}, {3: np.ones(2)}])
     def test_other_things_than_names_and_arrays(self, state):
@@ -379,7 +419,8 @@ def inferred(*layers, listed="layer first", **options):
             state |= part
     if listed == "sorted":
         state = dict(sorted(state.items()))
-    _, report = arrays.fold(state, "infer", transposed=(), **options)
+    _, report = arrays.fold(state, transposed=(), **options)
+    assert all("inferred from the names" in d.reason for d in report)
     return {d.node: d.into[0] if d.action == FOLDED else None for d in report}
 
 
@@ -395,7 +436,7 @@ class TestInferred:
     )  # fmt: skip
     def test_names(self, bn, layer):
         state = {**weight(layer, 4, 4, 1), **norm(bn, 4)}
-        _, report = arrays.fold(state, "infer", transposed=())
+        _, report = arrays.fold(state)
         assert report.decisions[0].into == (layer,)
         assert "inferred from the names" in report.decisions[0].reason
         assert "eps 1e-05 by default" in report.decisions[0].reason
@@ -421,7 +462,7 @@ class TestInferred:
         """Of DenseNet: normN stands before convN, and has as many channels as convN gives only by chance."""
         state = {**weight("a.conv1", 4, 4, 1), **norm("a.norm1", 4), **weight("b.conv1", 4, 8, 1), **norm("b.norm1", 8)}
         state |= {**weight("fc", 3, 4), **norm("fc_bn", 3)}
-        _, report = arrays.fold(state, "infer", transposed=())
+        _, report = arrays.fold(state, transposed=())
         assert actions(report) == {"a.norm1": LEFT, "b.norm1": LEFT, "fc_bn": FOLDED}
         assert "b.norm1 has 8 channels, b.conv1 a weight (4, 8, 1)" in report.decisions[0].reason
 
@@ -434,10 +475,22 @@ class TestInferred:
         }
         assert inferred(("bn1", "conv1"), ("bn2", "conv2"), listed="sorted") == {"bn1": "conv1", "bn2": "conv2"}
 
-    def test_ambiguous_shapes_are_asked_for(self):
-        state = {**weight("conv1", 4, 4, 1), **norm("bn1", 4)}
-        with pytest.raises(ValueError, match="transposed: expected"):
-            arrays.fold(state, "infer")
+    def test_layers_that_take_nothing(self):
+        """What is left although its pair was found says how that was found, too."""
+        state = CONV1 | {"tied.weight": CONV1["conv1.weight"]}
+        _, report = arrays.fold(state)
+        assert report.decisions[0].reason.endswith("tied.weight too; the pair inferred from the names")
+
+    @pytest.mark.parametrize("arguments", [{"pairs": {}}, {"before": {"bn0": "fc"}}, {"pairs": {"bn0": "fc"}}])
+    def test_nothing_is_inferred_where_something_is_said(self, arguments):
+        state = CONV1 | {**norm("bn0", 4), **weight("fc", 4, 4)}
+        _, report = arrays.fold(state, **arguments)
+        assert {d.node: d.reason for d in report}["bn1"] == "no pair names it"
+
+    def test_patches_infer_alike(self):
+        [(name, _, before, after)] = arrays.patches(CONV1, arrays.fold(CONV1)[0])
+        assert name == "conv1"
+        assert np.abs(before - after).max() <= 30 * EPS["float32"] * np.abs(before).max()
 
 
 # ---- patches -----------------------------------------------------------------------------------------------

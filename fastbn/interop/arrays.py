@@ -4,7 +4,7 @@
     save(arrays, "folded.safetensors")
 
 Such a file holds neither the order in which its layers run, nor what stands between them, nor eps: which BatchNorm
-stands behind which layer must be said, or be asked to be inferred from the names, and the report repeats it.
+stands behind which layer is said, or else inferred from the names, and the report tells which.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ MEAN, VAR = ("running_mean", "moving_mean"), ("running_var", "moving_variance", 
 WEIGHT = ("weight", "kernel", "depthwise_kernel")
 _LEAVES = "|".join({*GAMMA, *BETA, *MEAN, *VAR, *WEIGHT, COUNTER})
 _KEY = re.compile(rf"(?P<prefix>.+?)(?P<separator>[./_])(?P<leaf>{_LEAVES})")
+_NUMBER = re.compile(r"\d+")
 
 # What BatchNorms are called, and the layers beside them.
 _NORM = re.compile(r"(?<![a-z])(?:batch_?norm(?:[123]d)?|bn|norm)(?![a-z])", re.IGNORECASE)
 _LAYERS = ("conv", "fc", "linear", "lin", "dense", "deconv", "proj", "res", "up", "upconv")
+_TRANSPOSED = re.compile(
+    r"deconv|decoder|transpos|trans_?conv|conv_?tr?(?![a-z])|(?<![a-z])(?:t_?conv|up)", re.IGNORECASE
+)
 
 
 class _Part:
@@ -99,7 +103,8 @@ class _Names:
             raise ValueError(f"{name}: expected running_mean and running_var, got {mean or var} only")
         if eps is None and "running_mean" not in part.keys:
             raise ValueError(
-                f"eps: expected a number for {name}, whose names are not PyTorch's (Keras's default is 1e-3)"
+                f"eps: expected a number for {name}, whose names are not PyTorch's "
+                "(Keras's default is eps=1e-3, --eps 1e-3)"
             )
         gamma, beta = (None if key is None else self.state[key] for key in (part.one(GAMMA), part.one(BETA)))
         return BatchNormParams(gamma, beta, self.state[mean], self.state[var], EPS if eps is None else eps)
@@ -231,23 +236,17 @@ class _Pairs(NamedTuple):
 
 def _pairs(
     names: _Names,
-    pairs: Mapping[str, str] | str | None,
+    pairs: Mapping[str, str] | None,
     before: Mapping[str, str | Sequence[str]] | None,
     transposed: Collection[str] | None,
 ) -> _Pairs:
-    left = dict.fromkeys(names.norms, "no pair names it")
-    how = "the pair given"
-    if pairs is None and before is None and names.norms:
-        proposed = [f"{norm}={layer}" for norm, layer in _inferred(names, transposed)[0].items()]
-        raise ValueError(
-            "pairs: expected which BatchNorm stands behind which layer, which arrays alone do not tell; "
-            f'the names suggest {_listed(proposed)}: give such pairs, or let the names decide (pairs="infer")'
-        )
     if isinstance(pairs, str):
-        if pairs != "infer":
-            raise ValueError(f'pairs: expected a mapping, "infer" or None, got {pairs!r}')
+        raise ValueError(f"pairs: expected a mapping or None, got {pairs!r}")
+    left, how = dict.fromkeys(names.norms, "no pair names it"), "the pair given"
+    if pairs is None and before is None:
         pairs, reasons = _inferred(names, transposed)
-        left, how = left | reasons, "the pair inferred from the names"
+        left |= {norm: f"no pair inferred from the names: {why}" for norm, why in reasons.items()}
+        how = "the pair inferred from the names"
     behind = dict(pairs or {})
     fronts = {norm: (to,) if isinstance(to, str) else tuple(to) for norm, to in (before or {}).items()}
     for argument, norms, layers in (
@@ -271,8 +270,8 @@ def _layers(
     transposed: Collection[str] | None,
     layouts: Mapping[str, str],
     unpadded: Collection[str],
-) -> dict[str, Layer]:
-    """Return the layers of the pairs as folding wants them."""
+) -> tuple[dict[str, Layer], set[str]]:
+    """Return the layers of the pairs as folding wants them, and which are only assumed not to be transposed."""
     behind = {layer: norm for norm, layer in pairs.behind.items()}
     before = {layer: norm for norm, layers in pairs.before.items() for layer in layers}
     places: dict[int, list[str]] = defaultdict(list)
@@ -283,7 +282,7 @@ def _layers(
         if isinstance(said, str) or (unknown := [name for name in said if name not in names.layers]):
             got = said if isinstance(said, str) else unknown[0]
             raise ValueError(f"{argument}: expected names of layers ({_listed(names.layers)}), got {got!r}")
-    found, unclear = {}, []
+    found, assumed = {}, set()
     for layer in (name for name in names.layers if name in behind or name in before):
         n_behind, n_before = (names.channels(of[layer]) if layer in of else None for of in (behind, before))
         said_transposed = None if transposed is None else layer in transposed
@@ -293,8 +292,6 @@ def _layers(
             got = ", ".join(f"{names.channels(of[layer])} of {of[layer]}" for of in (behind, before) if layer in of)
             kind = "transposed convolution " if said_transposed else ""
             raise ValueError(f"{layer}: expected channels that fit the {kind}weight {weight.shape}, got {got}")
-        if len(readings) > 1:
-            unclear.append(layer)
         bias = names.state.get(part.bias)
         layout, is_transposed, groups = readings[0]
         axis = -1 if weight.ndim == 2 else 1
@@ -313,13 +310,19 @@ def _layers(
             op.held = f"its weight is {weight.dtype}"
         elif bias is not None and bias.dtype != weight.dtype:
             op.held = f"its weight is {weight.dtype}, its bias {bias.dtype}"
+        elif len(readings) > 1 and not readings[1].transposed:
+            op.held = f"its axes can be {layout} or {readings[1].layout}: say which by layouts= (--layouts)"
+        elif len(readings) > 1:
+            assumed.add(layer)
         found[layer] = op
-    if unclear:
-        raise ValueError(
-            f"transposed: expected the names of the transposed convolutions, or none of them, because the shapes of "
-            f"{_listed(unclear)} fit both kinds, got None"
-        )
-    return found
+    alike = {_NUMBER.sub("", layer) for layer, op in found.items() if op.transposed}
+    for layer in assumed:
+        if _TRANSPOSED.search(layer) or _NUMBER.sub("", layer) in alike:
+            found[layer].held = (
+                "its name is like that of a transposed convolution, its shape fits both kinds: "
+                "say by transposed= (--transposed) which layers are transposed, () (none) if none is"
+            )
+    return found, assumed
 
 
 # Folding --------------------------------------------------------------------------------------------------------
@@ -329,12 +332,13 @@ class _Plan(NamedTuple):
     names: _Names
     pairs: _Pairs
     layers: dict[str, Layer]
+    assumed: set[str]  # of them, not to be transposed
     params: dict[str, BatchNormParams]
 
 
 def _plan(
     state: Mapping[str, np.ndarray],
-    pairs: Mapping[str, str] | str | None,
+    pairs: Mapping[str, str] | None,
     before: Mapping[str, str | Sequence[str]] | None,
     eps: float | None,
     transposed: Collection[str] | None,
@@ -343,14 +347,14 @@ def _plan(
 ) -> _Plan:
     names = _Names(state)
     paired = _pairs(names, pairs, before, transposed)
-    layers = _layers(names, paired, transposed, layouts or {}, unpadded)
+    layers, assumed = _layers(names, paired, transposed, layouts or {}, unpadded)
     params = {norm: names.norm(norm, eps) for norm in names.norms if norm not in paired.left}
-    return _Plan(names, paired, layers, params)
+    return _Plan(names, paired, layers, assumed, params)
 
 
 def fold(
     state: Mapping[str, np.ndarray],
-    pairs: Mapping[str, str] | str | None = None,
+    pairs: Mapping[str, str] | None = None,
     *,
     before: Mapping[str, str | Sequence[str]] | None = None,
     eps: float | None = None,
@@ -369,18 +373,21 @@ def fold(
     ----------
     state : mapping of str to ndarray
         It stays as it is.
-    pairs : mapping of str to str, "infer", or None
-        For each BatchNorm the layer behind which it stands, and nothing between them: {"bn1": "conv1"}. "infer"
-        takes what the names suggest: bn1 and conv1, conv1_bn and conv1, 0 and 1 of a Sequential, if one layer's name
-        fits only, the channels fit, and neither the channels nor the order of the arrays contradict the same rule
-        elsewhere. That no ReLU and no second reader stands between is then for the caller to know.
+    pairs : mapping of str to str, or None
+        For each BatchNorm the layer behind which it stands, and nothing between them: {"bn1": "conv1"}. None, where
+        `before` is None too, takes what the names suggest: bn1 and conv1, conv1_bn and conv1, 0 and 1 of a Sequential,
+        if one layer's name fits only, the channels fit, and neither the channels nor the order of the arrays
+        contradict the same rule elsewhere; the other BatchNorms are left. That no ReLU and no second reader stands
+        between is then for the caller to know. {} infers nothing.
     before : mapping of str to str, or to a sequence of str, or None
         For each BatchNorm all the layers that read its output, where it stands before them: {"bn0": "fc1"}.
     eps : float, or None
         ε of every BatchNorm in a pair; arrays do not hold it. None is 1e-5 for PyTorch's names, else an error.
         Where there are several, fold in several calls.
     transposed : collection of str, or None
-        The layers that are transposed convolutions; () if none is. None is enough where the shapes tell.
+        The layers that are transposed convolutions; () if none is. None takes for one what nothing else fits; where
+        both kinds fit, none is taken for one (the report says so), and names like deconv, up or decoder,
+        or that of another transposed one but for numbers, are left.
     layouts : mapping of str to str, or None
         Axes of weights in another order than PyTorch's ("weight") or Keras's ("kernel"), as for `fastbn.fold_conv`.
     unpadded : collection of str
@@ -397,9 +404,8 @@ def fold(
     Raises
     ------
     ValueError
-        `pairs` and `before` are None: the message proposes pairs. A name is unknown, channels do not fit, shapes fit
-        a convolution and a transposed one, and `transposed` is None; a BatchNorm's parameters are not finite, or
-        var + eps is not positive.
+        A name is unknown, channels do not fit the pair given, `eps` is missing, a BatchNorm's parameters are not
+        finite, or var + eps is not positive.
     TypeError
         `state` holds something else than names and arrays.
 
@@ -454,13 +460,14 @@ def _decision(plan: _Plan, norm: str, eps: float | None) -> Decision:
             except Stays as stays:
                 raise Stays(f"{name}: {stays}") from stays
     except Stays as stays:
-        return Decision(norm, LEFT, (), str(stays))
+        return Decision(norm, LEFT, (), f"{stays}; {plan.pairs.how}")
     for op, maps, folded in moves:
         (op.before, op.after), op.folded = maps, folded
     reason = f"{'behind' if stands_behind else 'before'} it, {plan.pairs.how}; eps {plan.params[norm].eps:g}"
     if eps is None:
         reason += " by default"
     reason += "".join(f"; {n} transposed, {op.groups} groups" for n in into if (op := plan.layers[n]).transposed)
+    reason += "".join(f"; {n} taken as a convolution that is not transposed" for n in into if n in plan.assumed)
     return Decision(norm, FOLDED, into, reason, tuple(folded.report for _, _, folded in moves))
 
 
@@ -472,13 +479,14 @@ def _check_taker(name: str, op: Layer, affine: Affine, stands_behind: bool) -> N
     if op.transposed:
         raise Stays(f"{name} is transposed: the number of its taps that reach an output varies")
     if op.padded and any(affine.shift):
-        raise Stays(f"{name} may pad with zeros, which the shift would have to change: is it unpadded?")
+        advice = "where it does not, name it in unpadded= (--unpadded)"
+        raise Stays(f"{name} may pad with zeros, which the shift would have to change: {advice}")
 
 
 def patches(
     state: Mapping[str, np.ndarray],
     folded: Mapping[str, np.ndarray],
-    pairs: Mapping[str, str] | str | None = None,
+    pairs: Mapping[str, str] | None = None,
     *,
     seed: int = 0,
     **options: Any,

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ FORMATS = {
     ".npz": "arrays", ".safetensors": "arrays", ".pt": "arrays", ".pth": "arrays",
 }  # fmt: skip
 BECOMES = {".h5": (".keras",), ".hdf5": (".keras",), ".pt": (".pt", ".pth"), ".pth": (".pt", ".pth")}
-ARRAYS_ONLY = ("pairs", "before", "infer_pairs", "eps", "transposed", "layouts", "unpadded")  # options
+ARRAYS_ONLY = ("pairs", "before", "eps", "transposed", "layouts", "unpadded")  # options
 
 
 class _Refused(Exception):
@@ -50,10 +50,10 @@ def run(options: Namespace) -> int:
             return _run(options)
     except _Refused as refused:
         line = " ".join(str(refused).split())
-        print("fastbn fold:", line if len(line) <= LINE else line[: LINE - 1] + "…", file=sys.stderr)
+        _say(f"fastbn fold: {line if len(line) <= LINE else line[: LINE - 1] + '…'}", "stderr")
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("fastbn fold: interrupted", file=sys.stderr)
+        _say("fastbn fold: interrupted", "stderr")
         return INTERRUPTED
 
 
@@ -82,8 +82,8 @@ def _run(options: Namespace) -> int:
     with _refusing(job.source, ValueError, TypeError):
         folded, report = job.front.fold(job.front.load(job.source), **folding)
     _show(report)
-    if options.infer_pairs and report.folded:
-        print("inferred from the names: whether a ReLU or anything else stands between, the file does not show")
+    if job.kind == "arrays" and options.pairs is None and options.before is None and report.folded:
+        _say("inferred from the names: whether a ReLU or anything else stands between, the file does not show")
 
     verification: Verification | None = None
     moves: list[tuple[Path, Path]] = []  # from, to
@@ -99,9 +99,9 @@ def _run(options: Namespace) -> int:
                     job.kind, job.source, path, shapes=dict(options.shapes), inputs=job.inputs,
                     tolerance=options.tolerance, threads=options.threads, **folding,
                 )  # fmt: skip
-            print(verification)
+            _say(str(verification))
             if not verification.passed:
-                print(f"fastbn fold: {job.source}: the folded model differs, nothing is written", file=sys.stderr)
+                _say(f"fastbn fold: {job.source}: the folded model differs, nothing is written", "stderr")
                 return DIFFERS
         if job.target is not None and not options.dry_run:
             moves = [(file, job.target.with_name(file.name)) for file in files]
@@ -116,7 +116,7 @@ def _run(options: Namespace) -> int:
                     (report_folder / job.report.name).write_text(text)
                 _place([*moves, (report_folder / job.report.name, job.report)])
     if moves:
-        print("written:", ", ".join(str(file) for _, file in reversed(moves)))
+        _say(f"written: {', '.join(str(file) for _, file in reversed(moves))}")
     return OK
 
 
@@ -125,8 +125,9 @@ def _job(options: Namespace) -> _Job:
     if (suffix := source.suffix.lower()) not in FORMATS:
         raise _Refused(f"{source}: expected a file of {', '.join(FORMATS)}, got {suffix or 'none of these'}")
     kind = FORMATS[suffix]
-    if not source.is_file():
-        raise _Refused(f"{source}: expected a model, got {'no file' if source.exists() else 'no such file'}")
+    with _refusing(source):
+        if not source.is_file():
+            raise _Refused(f"{source}: expected a model, got {'no file' if source.exists() else 'no such file'}")
     target, report = (None if name is None else Path(name) for name in (options.output, options.report))
     _check_options(options, kind, target)
     with _refusing(source, ValueError):
@@ -184,12 +185,9 @@ def _refusing(file: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def _check_options(options: Namespace, kind: str, target: Path | None) -> None:
-    given = [name for name in ARRAYS_ONLY if not any(getattr(options, name) is absent for absent in (None, False))]
+    given = [name for name in ARRAYS_ONLY if getattr(options, name) is not None]
     if kind != "arrays" and given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise _Refused(f"{options.input}: expected {option} only for arrays (.npz, .safetensors, .pt, .pth)")
-    if options.infer_pairs and options.pairs:
-        raise _Refused(f"{options.input}: expected --pairs or --infer-pairs, got both")
+        raise _Refused(f"{options.input}: expected --{given[0]} only for arrays (.npz, .safetensors, .pt, .pth)")
     running = [name for name in ("shapes", "inputs", "threads") if getattr(options, name)]
     for name in running + (["tolerance"] if options.tolerance is not None else []):
         option = "--" + {"shapes": "shape", "inputs": "input"}.get(name, name)
@@ -207,20 +205,23 @@ def _check_options(options: Namespace, kind: str, target: Path | None) -> None:
 def _arrays_options(options: Namespace) -> dict[str, Any]:
     """Return what `arrays.fold` takes."""
     return {
-        "pairs": "infer" if options.infer_pairs else options.pairs, "before": options.before, "eps": options.eps,
+        "pairs": options.pairs, "before": options.before, "eps": options.eps,
         "transposed": options.transposed, "layouts": options.layouts, "unpadded": options.unpadded or (),
     }  # fmt: skip
 
 
 def _check_place(file: Path, others: Iterable[Path]) -> None:
     """Refuse to write to a file that is one of the others, or that cannot be one."""
-    for other in others:
-        if _same(file, other):
-            raise _Refused(f"{file}: expected another file than {other}, which it is")
-    if not file.parent.is_dir():
-        raise _Refused(f"{file}: expected a folder to write to, got no such folder")
-    if file.is_dir():
-        raise _Refused(f"{file}: expected the name of a file, got a folder")
+    with _refusing(file):
+        for other in others:
+            if _same(file, other):
+                raise _Refused(f"{file}: expected another file than {other}, which it is")
+        if not file.parent.is_dir():
+            raise _Refused(f"{file}: expected a folder to write to, got no such folder")
+        if file.is_dir():
+            raise _Refused(f"{file}: expected the name of a file, got a folder")
+        if file.exists() and not file.is_file():  # a device: replacing it would take it from everybody
+            raise _Refused(f"{file}: expected the name of a file, got a device, a pipe or a socket")
 
 
 def _same(file: Path, other: Path) -> bool:
@@ -294,9 +295,24 @@ def _as_json(source: Path, target: Path | None, report: ModelReport, verificatio
     return json.dumps(result, indent=2, allow_nan=False) + "\n"
 
 
+def _say(text: str, where: str = "stdout") -> None:
+    """Print a line; where it cannot be written (nobody reads on, the disk is full), go on without."""
+    stream = getattr(sys, where)
+    if stream is None or stream.closed:
+        return
+    encoding = stream.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:  # what is still buffered must not fail at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError):  # a stream that is no file
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def _show(report: ModelReport) -> None:
     """Print the report: as a table where rich is there and somebody looks on, else as plain text."""
-    if report.decisions and sys.stdout.isatty():
+    if report.decisions and sys.stdout is not None and sys.stdout.isatty():
         try:
             from rich.console import Console
             from rich.table import Column, Table
@@ -309,10 +325,12 @@ def _show(report: ModelReport) -> None:
             for decision in report:
                 style = f"[{colours[decision.action]}]{decision.action}"
                 table.add_row(_plain(decision.node), style, _plain(", ".join(decision.into)), _plain(decision.reason))
-            Console().print(table)
-            print(report.summary())
+            console = Console()
+            with console.capture() as rendered:
+                console.print(table)
+            _say(rendered.get() + report.summary())
             return
-    print(report)
+    _say(str(report))
 
 
 def _plain(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from typing import Any
 
 import keras
@@ -30,6 +31,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     try:
         if not path.endswith(".keras"):
             _refuse_code(path)
+        elif not zipfile.is_zipfile(path):  # Keras says that there is no file
+            raise ValueError("it is no zip file, or truncated")
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # zipfile, h5py, json and Keras raise whatever they like
         reason = " ".join(str(error).split()) or type(error).__name__

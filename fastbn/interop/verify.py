@@ -195,11 +195,12 @@ def _keras(path: Path, threads: int | None) -> Model:
 
         torch.set_num_threads(threads)
     model = load(path)
-    tensors = keras.tree.flatten(model.input)
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    tensors = keras.tree.flatten(structure)
     inputs = [Input(t.name, keras.backend.standardize_dtype(t.dtype), tuple(t.shape)) for t in tensors]
 
     def run(feed: Feed) -> Any:
-        return model.predict_on_batch(keras.tree.pack_sequence_as(model.input, [feed[t.name] for t in tensors]))
+        return model.predict_on_batch(keras.tree.pack_sequence_as(structure, [feed[t.name] for t in tensors]))
 
     return Model(inputs, run)
 
@@ -285,11 +286,12 @@ def _real(model: Model, paths: Sequence[Path]) -> list[Feed]:
     specs = {spec.name: spec for spec in model.inputs}
     for path in paths:
         try:
-            loaded = np.load(path, allow_pickle=False)
-            found = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
-        except (ValueError, EOFError, OSError) as error:
+            with open(path, "rb") as file:
+                loaded = np.load(file, allow_pickle=False)
+                found = {name: loaded[name] for name in loaded.files} if hasattr(loaded, "files") else {"": loaded}
+        except Exception as error:  # NumPy's, zipfile's, zlib's
             raise ValueError(f"{path}: expected an .npz or .npy file, got one that cannot be read: {error}") from error
-        if len(found) == len(specs) == 1:
+        if len(specs) == 1 and "" in found:
             found = dict(zip(specs, found.values(), strict=True))
         if found.keys() != specs.keys():
             got = ", ".join(name for name in found if name) or "one array without a name"
@@ -440,12 +442,14 @@ def verify(
         if not real:
             raise
         feeds, how = [], f"{' and '.join(map(str, paths))} (no random inputs: {error})"
+    results, moved = [], []
+    for seed, (name, feed) in enumerate([*(("random inputs", feed) for feed in feeds), *zip(paths, real, strict=True)]):
+        try:
+            results.append(list(_outputs(old.run(feed))))
+            moved.append(list(_outputs(old.run(_moved(old, feed, seed)))))
+        except Exception as error:
+            raise ValueError(f"{name}: expected inputs that the model runs on, got {error}") from error
     feeds += real
-    try:
-        results = [list(_outputs(old.run(feed))) for feed in feeds]
-        moved = [list(_outputs(old.run(_moved(old, feed, seed)))) for seed, feed in enumerate(feeds)]
-    except Exception as error:
-        raise ValueError(f"expected inputs that the model runs on, got {error}") from error
     try:
         new = load(folded, threads)
         differences = _compare(results, [list(_outputs(new.run(feed))) for feed in feeds], tolerance, moved)
