@@ -85,7 +85,7 @@ class TestArrays:
         assert "bn1        folded  conv1  behind it, the pair given; eps 1e-05 by default" in out
         assert "norm       left           no pair names it" in out
         assert "2 BatchNorm: 1 folded, 1 left; nodes 8 -> 4, parameters" in out
-        assert "verification passed: each folded layer on random patches" in out
+        assert "verification passed: the arithmetic alone, by each folded layer on random patches" in out
         assert f"written: out{suffix}" in out
 
     def test_inferred_pairs_and_eps(self, capsys):
@@ -245,7 +245,7 @@ class TestPlaces:
             os.symlink("in.npz", "step.npz")
             os.symlink("step.npz", "out.npz")
         before = (tmp_path / "in.npz").read_bytes()
-        assert "expected another file than in.npz, which it is" in refused(capsys, "in.npz", name, *PAIRS)
+        assert "expected another file than in.npz, which is only read" in refused(capsys, "in.npz", name, *PAIRS)
         assert (tmp_path / "in.npz").read_bytes() == before
 
     def test_the_input_by_a_link(self, capsys):
@@ -400,7 +400,7 @@ class TestInput:
 
     def test_a_folder(self, capsys, tmp_path):
         (tmp_path / "in.npz").mkdir()
-        assert "in.npz: expected a model, got no file" in refused(capsys, "in.npz", "out.npz")
+        assert "in.npz: expected a model, got a folder or a device" in refused(capsys, "in.npz", "out.npz")
 
     @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".keras", ".h5", ".npz", ".safetensors", ".pt"])
     @pytest.mark.parametrize("content", [b"", b"garbage" * 30], ids=["empty", "garbage"])
@@ -599,7 +599,7 @@ def test_as_a_process(tmp_path):
     assert process.stderr == ""
     process = run_python(code.replace('"out.npz"', '"in.npz"'), check=False)
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == "fastbn fold: in.npz: expected another file than in.npz, which it is\n"
+    assert process.stderr == "fastbn fold: in.npz: expected another file than in.npz, which is only read\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

@@ -671,7 +671,7 @@ def test_safetensors_keeps_its_metadata(tmp_path):
 def test_checkpoints_with_a_state_dict_inside_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "a.pt"
-    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, path)
+    torch.save({"epoch": 3, "optimizer": {}, "state_dict": {"a": torch.ones(2)}}, path)
     with pytest.raises(
         ValueError, match="a.pt: expected a state dict, got a checkpoint with one in it: .*'state_dict'"
     ):

@@ -160,11 +160,12 @@ def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
     from .torch import load_state_dict
     from .torch_layers import to_array
 
-    arrays = {}
-    for name, tensor in load_state_dict(path).items():
-        if isinstance(tensor, dict):
-            advice = f"torch.save what it holds under {name!r} as a file of its own"
-            raise ValueError(f"{path}: expected a state dict, got a checkpoint with one in it: {advice}")
+    arrays, state = {}, load_state_dict(path)
+    if inner := [name for name, value in state.items() if isinstance(value, dict)]:
+        name = "state_dict" if "state_dict" in inner else inner[0]
+        advice = f"torch.save what it holds under {name!r} as a file of its own"
+        raise ValueError(f"{path}: expected a state dict, got a checkpoint with one in it: {advice}")
+    for name, tensor in state.items():
         try:
             arrays[name] = to_array(tensor)
         except (AttributeError, TypeError, RuntimeError) as error:

@@ -127,7 +127,8 @@ def _job(options: Namespace) -> _Job:
     kind = FORMATS[suffix]
     with _refusing(source):
         if not source.is_file():
-            raise _Refused(f"{source}: expected a model, got {'no file' if source.exists() else 'no such file'}")
+            got = "a folder or a device" if source.exists() else "no such file"
+            raise _Refused(f"{source}: expected a model, got {got}")
     target, report = (None if name is None else Path(name) for name in (options.output, options.report))
     _check_options(options, kind, target)
     with _refusing(source, ValueError):
@@ -215,7 +216,7 @@ def _check_place(file: Path, others: Iterable[Path]) -> None:
     with _refusing(file):
         for other in others:
             if _same(file, other):
-                raise _Refused(f"{file}: expected another file than {other}, which it is")
+                raise _Refused(f"{file}: expected another file than {other}, which is only read")
         if not file.parent.is_dir():
             raise _Refused(f"{file}: expected a folder to write to, got no such folder")
         if file.is_dir():

@@ -195,7 +195,7 @@ def note_rank(module: nn.Module, values: Iterable[Value]) -> None:
 def norm_held(training: Any, mean: Any, var: Any) -> str:
     """Say why a BatchNorm uses the statistics of the batch ("" where it does not)."""
     if training is not False:
-        return "it is in training mode"
+        return "it is in training mode, which eval() ends"
     if mean is None or var is None:
         return "it has no running statistics (track_running_stats=False)"
     return ""

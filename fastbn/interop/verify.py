@@ -466,7 +466,8 @@ def _verify_arrays(model: Path, folded: Path, tolerance: float | None, options: 
     from . import arrays
 
     how = (
-        "each folded layer on random patches, against layer and BatchNorm; whether the pairs are right, it cannot tell"
+        "the arithmetic alone, by each folded layer on random patches against layer and BatchNorm; "
+        "whether the pairs are right, it cannot tell"
     )
     state, new_state = arrays.load(model), arrays.load(folded)
     before, after = [], []
