@@ -275,7 +275,7 @@ class Reader:
             outputs = [self._value(name) for name in origin[-1].output if name]
             if isinstance(op, Layer) and outputs[0].shape is None and proto.op_type != "MatMul":
                 outputs[0].shape = (None, op.out_channels, *[None] * (op.weight.ndim - 2))
-            kind = " + ".join(node.op_type for node in origin)
+            kind = "MatMul + Add" if len(origin) > 1 else proto.op_type
             graph.add(kind, name_of(proto), op, [self._value(name) for name in data], outputs, origin)
         return graph
 
