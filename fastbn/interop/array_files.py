@@ -158,7 +158,7 @@ def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
 
 def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
     from .torch import load_state_dict
-    from .torch_layers import to_array
+    from .torch.layers import to_array
 
     arrays, state = {}, load_state_dict(path)
     if inner := [name for name, value in state.items() if isinstance(value, dict)]:

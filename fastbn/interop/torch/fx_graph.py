@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .graph import (
+from ..graph import (
     BatchNorm,
     Concat,
     Flatten,
@@ -35,7 +35,7 @@ from .graph import (
     Transpose,
     Value,
 )
-from .torch_layers import (
+from .layers import (
     LAYERS,
     NORMS,
     has_hooks,
@@ -52,7 +52,7 @@ from .torch_layers import (
     to_tensor,
     unusable,
 )
-from .torch_shapes import ELEMENTWISE, UNARY, infer_shapes
+from .shapes import ELEMENTWISE, UNARY, infer_shapes
 
 
 class Constants(Protocol):

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from ..affine import BatchNormParams
-from .graph import BatchNorm, Flatten, Layer, Node, Pool, Same, Value
+from ...affine import BatchNormParams
+from ..graph import BatchNorm, Flatten, Layer, Node, Pool, Same, Value
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

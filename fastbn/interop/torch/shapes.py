@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .graph import BatchNorm, Concat, Graph, Layer, Node, Pool, Same, Split, Value
+from ..graph import BatchNorm, Concat, Graph, Layer, Node, Pool, Same, Split, Value
 
 UNARY = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,

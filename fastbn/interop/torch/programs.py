@@ -12,10 +12,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from . import graph as folding
-from .report import ModelReport
-from .torch_graph import Translation, operations, remove, rewrite
-from .torch_layers import unusable
+from .. import graph as folding
+from ..report import ModelReport
+from .fx_graph import Translation, operations, remove, rewrite
+from .layers import unusable
 
 
 class _ProgramConstants:
