@@ -111,17 +111,16 @@ class Bits:
 
     def order(self, int axis, y: np.ndarray) -> np.ndarray:
         """Take the order of y, an array with this channel axis, and new memory; return :meth:`view`."""
-        strides, step = [0] * y.ndim, 1
-        for i in sorted(range(y.ndim), key=lambda i: abs(y.strides[i])):
-            channels = i == axis and y.shape[i] > 1
-            if channels and step > SHORT_RUN:
-                step = _whole_bytes(step)
-            strides[i] = step if y.strides[i] >= 0 else -step
-            step *= y.shape[i]
-            if channels:
-                step = _whole_bytes(step)
-        self.memory, self.shape, self.strides = np.empty(-(-step // 8), np.uint8), y.shape, tuple(strides)
+        self.shape, (self.strides, nbytes) = y.shape, bits_order(axis, y.shape, y.strides)
+        self.memory = np.zeros(nbytes, np.uint8)  # what no element owns is 0 too: equal results have equal memory
         return self.view()
+
+    @classmethod
+    def of(cls, int axis, shape: tuple[int, ...], strides: tuple[int, ...], memory: np.ndarray) -> Bits:
+        """Return the bits that `memory` holds of an array of this shape and these strides."""
+        bits = cls()
+        bits.memory, bits.shape, bits.strides = memory, shape, bits_order(axis, shape, strides)[0]
+        return bits
 
     def view(self) -> np.ndarray:
         """Return an array whose strides count bits: NumPy can slice and transpose it, but may never read it."""
@@ -136,7 +135,21 @@ class Bits:
         return (self.memory[at // 8] >> (at % 8).astype(np.uint8) & 1).astype(bool)
 
 
-def _whole_bytes(bits: int) -> int:
+def bits_order(axis, shape, strides):
+    """Return (strides in bits, bytes of memory) of the bits of an array with these strides; only their order counts."""
+    result, step = [0] * len(shape), 1
+    for i in sorted(range(len(shape)), key=lambda i: abs(strides[i])):
+        channels = i == axis and shape[i] > 1
+        if channels and step > SHORT_RUN:
+            step = _whole_bytes(step)
+        result[i] = step if strides[i] >= 0 else -step
+        step *= shape[i]
+        if channels:
+            step = _whole_bytes(step)
+    return tuple(result), -(-step // 8)
+
+
+def _whole_bytes(bits):
     return -(-bits // 16) * 16  # two bytes, which the kernels write at once
 
 

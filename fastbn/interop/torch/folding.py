@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .. import graph as folding
 from ..report import LEFT, Decision, ModelReport
+from .conversion import restore
 from .fx_graph import Translation, operations, remove, rewrite
 from .layers import (
     WholeCheck,
@@ -30,6 +31,7 @@ from .layers import (
     storage,
     unusable,
 )
+from .modules import FastBatchNorm
 from .programs import fold_program
 from .shapes import infer_shapes
 
@@ -91,6 +93,8 @@ def fold(module: Any, *, example_inputs: Any = None) -> tuple[Any, ModelReport]:
     inputs = None
     if example_inputs is not None:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if any(isinstance(part, FastBatchNorm) for part in module.modules()):
+        module = restore(_copied(module))
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # whose tensors cannot be traced
         return _fold_module(module, inputs)
 

@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from ...affine import BatchNormParams
 from ..graph import BatchNorm, Flatten, Layer, Node, Pool, Same, Value
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm)
 # Tensors and arrays ---------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def unusable(tensor: Any) -> str:
         return f"its parameters are of type {type(tensor).__name__}"
     if tensor.device.type != "cpu":
         return f"its parameters are on the device {tensor.device}, not on the CPU"
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
         return f"its parameters are of {tensor.dtype}, {tensor.layout}"
     return ""
 

@@ -1,0 +1,213 @@
+"""PyTorch modules over fastbn's operators: BatchNorm1d, 2d, 3d in place of PyTorch's own, and fused with ReLU."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .layers import DTYPES, HALVES
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAddReLU", "BatchNormReLU", "batch_norm"]
+
+_warned: set[str] = set()
+
+
+def batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float | Tensor = 0.1, eps: float = 1e-5, *,
+    relu: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return y = act(γ·(x - μ)/√(σ² + ε) + β + residual): torch.nn.functional.batch_norm by fastbn's kernels.
+
+    Parameters
+    ----------
+    input : Tensor of shape (N, C, *)
+        float32, float64, float16 or bfloat16, on the CPU; the result has its order in memory (channels_last stays so).
+    running_mean, running_var : Tensor of shape (C,), or None
+        In training they move in place towards the statistics of the batch, and may be None; else they are μ and σ².
+    weight, bias : Tensor of shape (C,), or None
+        γ and β.
+    training : bool
+        Whether μ and σ² are those of the batch.
+    momentum : float or Tensor of one number
+        Weight of the new value; that of the variance is σ²·m/(m - 1), m values per channel.
+    eps : float
+        ε.
+    relu : bool
+        Apply ReLU last; its gradient is 0 where y = 0.
+    residual : Tensor of the shape and dtype of `input`, optional
+        Added before ReLU.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        Where torch.nn.functional.batch_norm raises: one value per channel in training, parameters of other shapes,
+        missing statistics. `residual`: ValueError for another shape, dtype or device. Nothing has moved then.
+
+    Notes
+    -----
+    PyTorch's own operator computes what the kernels do not take (other devices and dtypes, ε ≤ 0, one axis), with
+    one UserWarning per reason and process. Values and gradients have the bits of :func:`fastbn.batch_norm_train` and
+    its like, whatever the number of threads, which is the smaller of fastbn's and PyTorch's. Tensors are not copied on
+    the way in or out, unless their elements overlap or their orders in memory differ. Double backward works, by
+    PyTorch's operators, and is no faster than those.
+
+    References
+    ----------
+    Ioffe & Szegedy 2015, Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastbn.interop.torch import batch_norm
+    >>> batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True, relu=True).round(decimals=3)
+    tensor([[0.],
+            [1.]])
+    """
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a tensor, got {type(residual).__name__}")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (
+        input.shape, input.dtype, input.device,
+    ):  # fmt: skip
+        expected = f"shape {tuple(input.shape)}, {input.dtype} on {input.device}, as input"
+        raise ValueError(
+            f"residual: expected {expected}, got {tuple(residual.shape)}, {residual.dtype} on {residual.device}"
+        )
+    given = (running_mean, running_var, weight, bias)
+    if reason := _refused(input, given, training, eps):
+        return _by_pytorch(reason, input, *given, training, momentum, eps, relu, residual)
+    count = input.numel() // input.shape[1]
+    if training and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+    statistics = (None, None) if training else (running_mean, running_var)
+    y, mean, var, *_ = ops.forward(input, *statistics, weight, bias, residual, eps, relu)
+    if training and count:
+        with torch.no_grad():
+            for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+                if running is not None:
+                    running.lerp_(new.to(running.dtype), momentum)
+    return y
+
+
+def _refused(x: Tensor, given: tuple[Tensor | None, ...], training: bool, eps: float) -> str:
+    """Say why the kernels do not take these tensors ("" where they do); what is wrong, PyTorch refuses itself."""
+    named = dict(zip(("input", "running_mean", "running_var", "weight", "bias"), (x, *given), strict=True))
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            return f"{name} of type {type(tensor).__name__}"
+        if tensor.device.type not in ("cpu", "meta") or tensor.device != x.device:
+            return f"{name} on {tensor.device}"
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            return f"{name} of {tensor.dtype}, {tensor.layout}"
+        if tensor.dtype != x.dtype and not (tensor.dtype == torch.float32 and x.dtype in HALVES):
+            return f"{name} of {tensor.dtype} for an input of {x.dtype}"
+        if tensor is not x and (tensor.ndim != 1 or x.ndim < 2 or tensor.shape[0] != x.shape[1]):
+            return f"{name} of shape {tuple(tensor.shape)} for an input of shape {tuple(x.shape)}"
+    if x.ndim < 2 or x.shape[1] == 0:
+        return f"input of shape {tuple(x.shape)}"
+    if eps <= 0:
+        return f"eps {eps}"
+    mean, var = given[:2]
+    if (mean is None) != (var is None) or (mean is None and not training):
+        return "running statistics that are missing"
+    if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
+        return "running statistics that require gradients"
+    return ""
+
+
+def _by_pytorch(
+    reason: str, x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float | Tensor, eps: float, relu: bool, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    y = F.batch_norm(x, mean, var, weight, bias, training, float(momentum), eps)  # which may raise
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"fastbn: {reason} is left to PyTorch's batch_norm (said once)", UserWarning, stacklevel=3)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+class FastBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Forward pass of the modules; constructor, state and checks of the input are PyTorch's."""
+
+    def _normalize(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        tracked: Any = self.num_batches_tracked
+        tracks = self.training and self.track_running_stats and tracked is not None
+        momentum: Any = self.momentum
+        if momentum is None:  # the average of all batches so far; as a tensor, which the compiler can follow
+            momentum = 1 / (tracked + 1) if tracks else 0.0
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        keeps = not self.training or self.track_running_stats
+        y = batch_norm(
+            input, self.running_mean if keeps else None, self.running_var if keeps else None, self.weight, self.bias,
+            training, momentum, self.eps, relu=relu, residual=residual,
+        )  # fmt: skip
+        if tracks:
+            tracked.add_(1)
+        return y
+
+
+class _Plain(FastBatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalize(input)
+
+
+class BatchNorm1d(_Plain, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d, (N, C) or (N, C, L), by fastbn's kernels: see :func:`batch_norm`."""
+
+
+class BatchNorm2d(_Plain, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d, (N, C, H, W), by fastbn's kernels: see :func:`batch_norm`."""
+
+
+class BatchNorm3d(_Plain, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d, (N, C, D, H, W), by fastbn's kernels: see :func:`batch_norm`."""
+
+
+class _AnyRank(FastBatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input: expected 2 axes or more, (N, C, *), got shape {tuple(input.shape)}")
+
+
+class BatchNormReLU(_AnyRank):
+    """relu(bn(x)) in one pass, for x of shape (N, C, *); parameters, state dict and modes of torch.nn.BatchNorm2d.
+
+    What a BatchNorm alone costs, forward and backward; no output is kept for the backward pass of ReLU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastbn.interop.torch import BatchNormReLU
+    >>> BatchNormReLU(3)(torch.randn(2, 3, 4, 4)).min()
+    tensor(0., grad_fn=<MinBackward1>)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalize(input, relu=True)
+
+
+class BatchNormAddReLU(_AnyRank):
+    """relu(bn(x) + residual), as at the end of a residual block (He et al. 2016, fig. 2), in one pass.
+
+    Parameters, state dict and modes of torch.nn.BatchNorm2d. One bit per element is kept for ReLU's backward pass.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastbn.interop.torch import BatchNormAddReLU
+    >>> x = torch.randn(2, 3, 4, 4)
+    >>> BatchNormAddReLU(3)(x, -x).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        return self._normalize(input, relu=True, residual=residual)
