@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import platform
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _ARGUMENTS = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-_ARGUMENTS.add_argument("what", nargs="*", help="norm, optim, fold (default: all three); models or thresholds alone")
+_ARGUMENTS.add_argument("what", nargs="*", help="norm, optim, fold (default: all three), or alone one of "
+                        "models, training, sklearn, mpi, dask, thresholds")  # fmt: skip
 _ARGUMENTS.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the norm cases (default %(default)s)")
 _ARGUMENTS.add_argument("--threads", type=int, default=2, help="of every library (default %(default)s)")
 _ARGUMENTS.add_argument("--isa", help="instruction set of fastbn, as FASTBN_ISA")
@@ -32,6 +34,12 @@ _ARGUMENTS.add_argument("--targets", action="store_true", help="what is asked, w
 _ARGUMENTS.add_argument("--markdown", action="store_true", help="print the table as GitHub markdown")
 _ARGUMENTS.add_argument("--json", metavar="FILE", help="write all results there")
 _ARGUMENTS.add_argument("--plot", metavar="FILE", help="draw a roofline there, and the peers in FILE's name + -peers")
+
+
+# Subjects of their own: the module whose `main` measures them
+_ALONE = {
+    "models": "models", "training": "training", "sklearn": "sklearn_cases", "mpi": "mpi_cases", "dask": "dask_cases",
+}  # fmt: skip
 
 
 class Run:
@@ -100,10 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         thresholds(options.threads, rounds)
         return 0
-    if options.what == ["models"]:
-        from .models import main as models
-
-        return models(options.threads, rounds, markdown=options.markdown, quick=options.quick, json_path=options.json)
+    if len(options.what) == 1 and options.what[0] in _ALONE:
+        main_of = importlib.import_module(f".{_ALONE[options.what[0]]}", __package__).main
+        return main_of(options.threads, rounds, markdown=options.markdown, quick=options.quick, json_path=options.json)
     rows = targets.rows(quick=options.quick, cache=caches.L3, threads=options.threads) if options.targets else []
     table = [] if options.targets else _table(options)
     contestants, absent = _contestants(options, {who for row in rows for _, who in row.keys})
@@ -137,9 +144,10 @@ def _check(options: argparse.Namespace) -> None:
         if not folder.is_dir():
             _ARGUMENTS.error(f"--{name}: there is no folder {folder}")
     unknown = set(options.what) - {"norm", "optim", "fold"}
-    if unknown and options.what not in (["models"], ["thresholds"]):
+    alone = {*_ALONE, "thresholds"}
+    if unknown and (len(options.what) > 1 or not unknown <= alone):
         got = ", ".join(sorted(unknown))
-        _ARGUMENTS.error(f"what: expected norm, optim, fold, or models or thresholds alone, got {got}")
+        _ARGUMENTS.error(f"what: expected norm, optim, fold, or alone one of {', '.join(sorted(alone))}; got {got}")
     if options.what and options.targets:
         _ARGUMENTS.error("--targets: has cases of its own; leave out what")
 

@@ -110,6 +110,10 @@ def _refused(x: Tensor, given: tuple[Tensor | None, ...], training: bool, eps: f
             return f"{name} of {tensor.dtype} for an input of {x.dtype}"
         if tensor is not x and (tensor.ndim != 1 or x.ndim < 2 or tensor.shape[0] != x.shape[1]):
             return f"{name} of shape {tuple(tensor.shape)} for an input of shape {tuple(x.shape)}"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return "what runs under torch.func, or in forward mode,"
     if x.ndim < 2 or x.shape[1] == 0:
         return f"input of shape {tuple(x.shape)}"
     if eps <= 0:

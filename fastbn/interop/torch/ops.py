@@ -1,16 +1,17 @@
 """The operators `torch.ops.fastbn.*`: kernels on the memory of tensors, fake results for the compiler, autograd.
 
     batch_norm(x, mean?, var?, weight?, bias?, residual?, eps, relu) -> (y, mean, var, rstd, bits)
-    batch_norm_backward(dy, x, weight?, bias?, mean, var, rstd, bits, eps, relu, has_residual, frozen)
+    batch_norm_backward(dy, x, weight?, bias?, mean, var, rstd, bits, strides, eps, relu, has_residual, frozen)
         -> (dx, dweight, dbias, dresidual)
 
 Both are functional. Without mean and var, those of the batch are taken; with them, they count as constants. Statistics
-are float64. `bits`, of ReLU after a residual, is one bit per element of y, in the order that `layout.bits_order` gives.
-What there is none of is an empty tensor.
+are float64. `bits`, of ReLU after a residual, is one bit per element of y, in the order that `layout.bits_order` gives
+for its `strides`; dx has those too. What there is none of is an empty tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor rstd, "
-    "Tensor bits, float eps, bool relu, bool has_residual, bool frozen) "
+    "Tensor bits, SymInt[] strides, float eps, bool relu, bool has_residual, bool frozen) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 forward = torch.ops.fastbn.batch_norm.default
@@ -45,19 +46,25 @@ def _array(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else to_array(tensor)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Return torch.empty_like(x); a large one in memory that earlier results have left, which saves its page faults."""
+def _empty(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return a new tensor like x with these strides; a large one in memory that earlier results have left.
+
+    That saves the page faults of new memory.
+    """
     if x.nbytes < buffers.FROM:
-        return torch.empty_like(x)
-    strides = torch.empty_like(x, device="meta").stride()
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype)
     memory = torch.from_numpy(layout.aligned_empty((x.nbytes,), np.dtype(np.uint8)))
-    return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), memory.storage_offset() // x.itemsize,
-                                              x.shape, strides)  # fmt: skip
+    return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), 0, x.shape, strides)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Return torch.empty_like(x), by `_empty`."""
+    return torch.empty_like(x) if x.nbytes < buffers.FROM else _empty(x, torch.empty_like(x, device="meta").stride())
 
 
 def _in_order(x: Tensor, y: Tensor) -> Tensor:
     """Return x, or a copy that lies in memory as y does."""
-    return x if x.stride() == y.stride() else torch.empty_strided(y.shape, y.stride(), dtype=x.dtype).copy_(x)
+    return x if x.stride() == y.stride() else _empty(x, y.stride()).copy_(x)
 
 
 def _no_bits(x: Tensor) -> Tensor:
@@ -106,13 +113,13 @@ def _fake_forward(
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, rstd: Tensor,
-    bits: Tensor, eps: float, relu: bool, has_residual: bool, frozen: bool,
+    bits: Tensor, strides: Sequence[int], eps: float, relu: bool, has_residual: bool, frozen: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dx = _empty_like(x)
+    dx = _empty(x, strides)
     marks = None
     if bits.numel():
         x = _in_order(x, dx)
-        marks = layout.Bits.of(1, tuple(dx.shape), dx.stride(), bits.numpy())
+        marks = layout.Bits.of(1, tuple(dx.shape), tuple(strides), bits.numpy())
     gamma, beta = (None if p is None else to_array(p).astype(np.float64) for p in (weight, bias))
     saved = Saved(
         to_array(x), 1, mean.numpy(), var.numpy(), rstd.numpy(), x.numel() // x.shape[1], gamma, beta,
@@ -131,11 +138,12 @@ def _backward(
 
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, rstd: Tensor,
-    bits: Tensor, eps: float, relu: bool, has_residual: bool, frozen: bool,
+    bits: Tensor, strides: Sequence[int], eps: float, relu: bool, has_residual: bool, frozen: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = _parameter_dtype(x, weight)
     parameters = (x.new_empty((x.shape[1],), dtype=dtype) for _ in range(2))
-    return torch.empty_like(x), *parameters, torch.empty_like(x) if has_residual else x.new_empty(0)
+    dx, dresidual = (x.new_empty_strided(x.shape, strides) for _ in range(2))
+    return dx, *parameters, dresidual if has_residual else x.new_empty(0)
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -147,11 +155,11 @@ def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, mean, _, weight, bias, residual, eps, relu = inputs
-    _, *statistics, bits = output
+    y, *statistics, bits = output
     ctx.mark_non_differentiable(*statistics, bits)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias if relu and residual is None else None, *statistics, bits)
-    ctx.arguments = eps, relu, residual is not None, mean is not None
+    ctx.arguments = y.stride(), eps, relu, residual is not None, mean is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -174,12 +182,13 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate the backward pass, by PyTorch's own operators in float64: rarely used, and never fast."""
-    eps, relu, _, frozen = ctx.arguments
+    strides, eps, relu, _, frozen = ctx.arguments
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, below which nothing is: dy itself may have come from x.
         tensors: Any = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:3]]
-        outputs = _composite(*tensors, *ctx.saved_tensors[3:], eps, relu, frozen)
+        arguments: Any = (*tensors, *ctx.saved_tensors[3:], strides, eps, relu, frozen)
+        outputs = _composite(*arguments)
         pairs = [(o, g) for o, g in zip(outputs, incoming, strict=True) if g is not None and o.requires_grad]
         inputs = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
         found: Any = [None] * len(inputs)
@@ -188,19 +197,19 @@ def _differentiate_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor 
                 [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=again, allow_unused=True
             )
     remaining = iter(found)
-    return *(next(remaining) if needed else None for needed in ctx.needs_input_grad[:3]), *(None,) * 9
+    return *(next(remaining) if needed else None for needed in ctx.needs_input_grad[:3]), *(None,) * 10
 
 
 def _composite(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, rstd: Tensor,
-    bits: Tensor, eps: float, relu: bool, frozen: bool,
+    bits: Tensor, strides: Sequence[int], eps: float, relu: bool, frozen: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return what `_backward` does, by operators that PyTorch can differentiate."""
     axes = [i for i in range(x.ndim) if i != 1]
     shape = [-1 if i == 1 else 1 for i in range(x.ndim)]
     dz, x64 = dy.double(), x.double()
     if relu:
-        dz = dz * _passes(x, weight, bias, mean, var, bits, eps)
+        dz = dz * _passes(x, weight, bias, mean, var, bits, strides, eps)
     if not frozen:
         mean = x64.mean(axes)
         rstd = (x64.var(axes, correction=0) + eps).rsqrt()
@@ -214,12 +223,12 @@ def _composite(
 
 
 def _passes(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, bits: Tensor, eps: float
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, bits: Tensor,
+    strides: Sequence[int], eps: float,
+) -> Tensor:  # fmt: skip
     """Return where the gradient passes ReLU: y > 0, or NaN."""
     if bits.numel():
-        y = torch.empty_like(x, device="meta")
-        return torch.from_numpy(layout.Bits.of(1, tuple(y.shape), y.stride(), bits.numpy()).read())
+        return torch.from_numpy(layout.Bits.of(1, tuple(x.shape), tuple(strides), bits.numpy()).read())
     with torch.no_grad():
         return ~(forward(x, mean, var, weight, bias, None, eps, False)[0] <= 0)
 
