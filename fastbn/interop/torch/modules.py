@@ -90,7 +90,7 @@ def batch_norm(
         with torch.no_grad():
             for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
                 if running is not None:
-                    running.lerp_(new.to(running.dtype), momentum)
+                    running.copy_(running.double().lerp_(new, momentum))  # rounded once
     return y
 
 
@@ -98,7 +98,7 @@ def _refused(x: Tensor, given: tuple[Tensor | None, ...], training: bool, eps: f
     """Say why the kernels do not take these tensors ("" where they do); what is wrong, PyTorch refuses itself."""
     named = dict(zip(("input", "running_mean", "running_var", "weight", "bias"), (x, *given), strict=True))
     for name, tensor in named.items():
-        if tensor is None:
+        if tensor is None and name != "input":
             continue
         if not isinstance(tensor, Tensor):
             return f"{name} of type {type(tensor).__name__}"
@@ -147,7 +147,7 @@ class FastBatchNorm(nn.modules.batchnorm._BatchNorm):
         tracks = self.training and self.track_running_stats and tracked is not None
         momentum: Any = self.momentum
         if momentum is None:  # the average of all batches so far; as a tensor, which the compiler can follow
-            momentum = 1 / (tracked + 1) if tracks else 0.0
+            momentum = 1 / (tracked + 1).double() if tracks else 0.0
         training = self.training or (self.running_mean is None and self.running_var is None)
         keeps = not self.training or self.track_running_stats
         y = batch_norm(

@@ -210,13 +210,14 @@ def _composite(
     dz, x64 = dy.double(), x.double()
     if relu:
         dz = dz * _passes(x, weight, bias, mean, var, bits, strides, eps)
+    count = x.numel() // x.shape[1]
+    frozen = frozen or not count
     if not frozen:
         mean = x64.mean(axes)
         rstd = (x64.var(axes, correction=0) + eps).rsqrt()
     xhat = (x64 - mean.view(shape)) * rstd.view(shape)
     dbeta, dgamma = dz.sum(axes), (dz * xhat).sum(axes)
     scale = rstd if weight is None else rstd * weight.double()
-    count = x.numel() // x.shape[1]
     centred = dz if frozen else dz - dbeta.view(shape) / count - xhat * dgamma.view(shape) / count
     dtype = _parameter_dtype(x, weight)
     return (centred * scale.view(shape)).to(x.dtype), dgamma.to(dtype), dbeta.to(dtype), dz.to(x.dtype)

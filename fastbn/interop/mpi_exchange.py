@@ -1,0 +1,187 @@
+"""All-reduce in rank order between the processes of a communicator, in which an error of one of them reaches all.
+
+Every message says what it is part of and whether its sender, or one that its sender has heard of, has failed. So a
+rank that fails sends its error in place of what it owes to the next exchange, whichever that is, and nobody waits for
+it; and ranks that are at different exchanges, or bring data of different lengths, find out when they meet.
+
+The reduction is a tree over the ranks in their order, neighbours first, then pairs of pairs. Both ranks of a meeting
+combine the same two parts in the same order, so all of them end with the same bits, whatever the MPI library does.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+__all__ = ["Group", "RankError", "group_of"]
+
+_DATA, _DIFFER, _FAILED = range(3)  # what is worse goes on
+_NOTHING = np.empty(0, np.uint8)
+_HEAD = struct.Struct("=3q")  # kind, rank, length of the text
+
+
+Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class RankError(RuntimeError):
+    """Another rank has failed; `rank` is the first one that did, and the message its error."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.rank = rank
+
+
+class _Message(NamedTuple):
+    kind: int
+    rank: int  # the first of those it comes from, or of those that failed
+    text: bytes  # what the data are, or what went wrong
+    data: np.ndarray  # bytes; none with an error
+
+
+class Group:
+    """The ranks of a communicator on which nobody else sends messages."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Group:
+        return self  # a copied layer talks to the same ranks
+
+    def reduce(self, what: str, part: np.ndarray, combine: Combine = np.add) -> np.ndarray:
+        """Return the parts of all ranks combined, the same bits on every rank.
+
+        Parameters
+        ----------
+        what : str
+            What is reduced: ranks that bring something else are told so.
+        part : ndarray of shape (n,), C-contiguous
+        combine : callable
+            (part of lower ranks, part of higher ranks) -> their combination, of the same shape and dtype.
+
+        Raises
+        ------
+        RankError
+            Another rank has failed.
+        ValueError
+            The ranks are not at the same exchange, or their parts differ in length or dtype.
+        """
+        dtype = part.dtype
+
+        def combine_bytes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return combine(a.view(dtype), b.view(dtype)).view(np.uint8)
+
+        what += f" ({len(part)} of {dtype.name})" if len(part) else ""
+        result = self._tree(_Message(_DATA, self.rank, what.encode(), part.view(np.uint8)), combine_bytes)
+        if result.kind == _DATA:
+            return result.data.view(dtype)
+        text = result.text.decode()
+        raise _told(RankError(result.rank, text) if result.kind == _FAILED else ValueError(text))
+
+    def fail(self, error: BaseException) -> None:
+        """Take part in the next exchange, whichever it is, with an error, which all ranks get then."""
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self._tree(_Message(_FAILED, self.rank, text.encode(errors="replace"), _NOTHING))
+        _told(error)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Tell the other ranks of what is raised in the block, unless an exchange has done so."""
+        try:
+            yield
+        except BaseException as error:
+            if not _is_told(error):
+                self.fail(error)
+            raise
+
+    def _tree(self, mine: _Message, combine: Combine = np.add) -> _Message:
+        """Return the messages of all ranks as one: recursive doubling over a power of two of them.
+
+        Of the others, extra in number, each gives its part to the rank before it and gets the result from there; that
+        is so among the first 2·extra ranks, so that what is combined is always neighbours.
+        """
+        extra = self.size - (1 << self.size.bit_length() - 1)
+        paired = self.rank < 2 * extra
+        if paired and self.rank % 2:
+            self._post(mine, self.rank - 1).Wait()
+            return self._receive(self.rank - 1)
+        if paired:
+            mine = _meet(mine, self._receive(self.rank + 1), combine)
+        place = self.rank // 2 if paired else self.rank - extra
+        step = 1
+        while step < self.size - extra:
+            across = place ^ step
+            other = 2 * across if across < extra else across + extra
+            request = self._post(mine, other)
+            theirs = self._receive(other)
+            request.Wait()
+            mine = _meet(mine, theirs, combine) if place < across else _meet(theirs, mine, combine)
+            step *= 2
+        if paired:
+            self._post(mine, self.rank + 1).Wait()
+        return mine
+
+    def _post(self, message: _Message, rank: int) -> MPI.Request:
+        text = message.text + bytes(-len(message.text) % 8)  # so that data are aligned
+        head = np.frombuffer(_HEAD.pack(message.kind, message.rank, len(message.text)) + text, np.uint8)
+        return self._comm.Isend(np.concatenate([head, message.data]), rank)
+
+    def _receive(self, rank: int) -> _Message:
+        status = MPI.Status()
+        incoming = self._comm.Mprobe(rank, 0, status)  # its length first: an error may come in place of data
+        buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        incoming.Recv(buffer)
+        kind, first, length = _HEAD.unpack_from(buffer.data)
+        data = _HEAD.size + length + -length % 8
+        return _Message(kind, first, buffer[_HEAD.size : _HEAD.size + length].tobytes(), buffer[data:])
+
+
+def group_of(comm: MPI.Comm) -> Group:
+    """Return the group of a communicator, made at the first use, by all of its ranks together."""
+    if not isinstance(comm, MPI.Comm):
+        raise TypeError(f"comm: expected an mpi4py communicator, got {type(comm).__name__}")
+    if comm == MPI.COMM_NULL:
+        raise ValueError("comm: expected a communicator, got COMM_NULL, which a freed one is too")
+    if comm.Is_inter():
+        raise ValueError("comm: expected an intra-communicator, whose ranks are one group, got an inter-communicator")
+    group = comm.Get_attr(_key())
+    if not isinstance(group, Group):
+        group = Group(comm.Dup())
+        comm.Set_attr(_key(), group)
+    return group
+
+
+@functools.cache
+def _key() -> int:
+    """Return what a communicator keeps its group under."""
+    return MPI.Comm.Create_keyval()
+
+
+def _meet(low: _Message, high: _Message, combine: Combine) -> _Message:
+    """Return two messages as one, that of the lower ranks first."""
+    if low.kind == high.kind == _DATA:
+        if low.text == high.text:
+            return low._replace(data=combine(low.data, high.data))
+        text = b"ranks differ: rank %d: %b; rank %d: %b" % (low.rank, low.text, high.rank, high.text)
+        return _Message(_DIFFER, low.rank, text, _NOTHING)
+    return high if high.kind > low.kind else low
+
+
+def _told(error: BaseException) -> BaseException:
+    """Mark an error that all ranks have got; return it."""
+    error._fastbn_told = True  # type: ignore[attr-defined]
+    return error
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Say whether all ranks have got an error, or one that it was raised from."""
+    while error is not None:
+        if hasattr(error, "_fastbn_told"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

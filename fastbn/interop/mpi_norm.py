@@ -1,0 +1,139 @@
+"""Batch normalisation of a batch that is spread over the ranks of a group: one exchange forward, one backward.
+
+What is summed in a pass is exchanged between the ranks before that pass writes anything; so there is nothing to do
+while messages are under way, and nothing has changed on any rank when an error comes with them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from .._core import check
+from ..layer import BatchNorm
+from ..norm import Moments, Saved, batch_norm_backward, batch_norm_infer, infer
+from .mpi_exchange import Group
+
+__all__ = ["backward", "forward", "merge_moments", "move", "pack_moments", "unpack_moments"]
+
+
+def pack_moments(moments: Moments) -> np.ndarray:
+    """Return (count, mean, m2) as one vector."""
+    return np.concatenate([[moments.count], moments.mean, moments.m2])
+
+
+def unpack_moments(part: np.ndarray) -> Moments:
+    """Return the moments that :func:`pack_moments` gave."""
+    mean, m2 = part[1:].reshape(2, -1)
+    moments = Moments(len(mean))
+    moments.count, moments.mean, moments.m2 = int(part[0]), mean, m2
+    return moments
+
+
+def merge_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Merge packed moments (Chan, Golub & LeVeque 1979)."""
+    return pack_moments(unpack_moments(a).merge(unpack_moments(b)))
+
+
+def forward(
+    bn: BatchNorm, group: Group, x: Any, residual: Any = None, out: np.ndarray | None = None,
+    num_threads: int | None = None,
+) -> tuple[np.ndarray, Saved]:  # fmt: skip
+    """Normalise by the statistics of all ranks' x; `saved` has them, with the count of all ranks."""
+    c = bn.num_features
+    with group.guard():
+        x = check.array("x", x)
+        axis = check.axis(bn.axis, x.ndim)
+        if x.shape[axis] != c:
+            raise ValueError(f"x: expected {c} channels on axis {bn.axis}, got shape {x.shape}")
+        if residual is not None:
+            check.like("residual", residual, x.shape, x.dtype)
+        if out is not None:
+            check.output(out, x.shape, x.dtype, ("x", x), residual=residual, gamma=bn.gamma, beta=bn.beta)
+        gamma, beta = check.channels("gamma", bn.gamma, c), check.channels("beta", bn.beta, c)
+        part = pack_moments(Moments.of(x, axis, num_threads=num_threads))
+        total = unpack_moments(group.reduce(f"forward of {c} channels of {x.dtype}", part, merge_moments))
+    if total.count == 1:  # on all ranks
+        raise ValueError(f"x: expected 2 or more values per channel over all ranks, got 1 (here shape {x.shape})")
+    with np.errstate(all="ignore"):
+        var = total.m2 / max(total.count, 1)
+        rstd = 1 / np.sqrt(var + bn.eps)
+    y, bits = infer(
+        x, total.mean, var, gamma, beta, axis, bn.eps, bn.activation, residual, out, num_threads, keep_bits=True
+    )
+    saved = Saved(
+        None if check.same_memory(x, y) else x, axis, total.mean, var, rstd, total.count, gamma, beta,
+        check.real(x.dtype) if bn.gamma is None else bn.gamma.dtype, bn.activation == "relu", residual is not None,
+        bits,
+    )  # fmt: skip
+    return y, saved
+
+
+def move(bn: BatchNorm, saved: Saved) -> None:
+    """Move the running statistics towards those of a batch, unless it was empty on all ranks."""
+    if saved.count:
+        bn._move(saved)
+
+
+def backward(
+    bn: BatchNorm, group: Group, saved: Saved | None, dy: Any, out: np.ndarray | None = None,
+    num_threads: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Return dx and set the layer's gradients, those of the parameters being sums over all ranks."""
+    with group.guard():
+        if saved is None:
+            raise ValueError("backward: expected a call of the layer before it, got none")
+        if saved.x is None:
+            raise ValueError("saved: expected the input of the forward pass, but out=x overwrote it")
+        x, dtype, c = saved.x, saved.x.dtype, bn.num_features
+        dy = check.like("dy", given := dy, x.shape, dtype)
+        if out is not None:
+            check.output(out, x.shape, dtype, ("dy", given), x=x)
+        wide = dtype if saved.frozen else _wide_enough(saved.rstd, dtype)
+        local = copy.copy(saved)
+        local.frozen, local.param_dtype = True, check.FLOAT64  # dx = γ·rstd·dy, and float64 sums
+        if wide != dtype:
+            if saved.relu and saved.bits is None:
+                dy, local.relu = _through_relu(dy, saved, bn.eps), False
+            x, dy = x.astype(wide), dy.astype(wide)
+            local.x = x
+        gradients = batch_norm_backward(dy, local, num_threads=num_threads)
+        sums = np.concatenate([gradients.dgamma, gradients.dbeta])
+        dgamma, dbeta = group.reduce(f"backward of {c} channels of {dtype}", sums).reshape(2, c)
+
+    dx = gradients.dx
+    if not saved.frozen:
+        # γ·rstd·(dy - dβ/m - x̂·dγ/m): the first term is there, the others are an affine function of x
+        with np.errstate(all="ignore"):
+            scale = -(saved.rstd if saved.gamma is None else saved.gamma * saved.rstd) / max(saved.count, 1)
+            dx = batch_norm_infer(
+                x, saved.mean, saved.var, scale * dgamma, scale * dbeta, axis=saved.axis, eps=bn.eps, residual=dx,
+                out=out if dx.dtype == dtype else None, num_threads=num_threads,
+            )  # fmt: skip
+    with np.errstate(all="ignore"):
+        if out is None:
+            dx = dx.astype(dtype, copy=False)
+        elif dx is not out:
+            out[...] = dx
+            dx = out
+    if bn.affine:
+        bn.grad_gamma, bn.grad_beta = dgamma.astype(saved.param_dtype), dbeta.astype(saved.param_dtype)
+    bn.grad_residual = None if gradients.dresidual is None else gradients.dresidual.astype(dtype, copy=False)
+    return dx
+
+
+def _wide_enough(rstd: np.ndarray, dtype: np.dtype) -> np.dtype:
+    """Return the dtype in which dx can be added up from γ·rstd·dy and the rest.
+
+    A half type would round twice, and γ·rstd²·dγ/m leaves the range of float32 where x is about 10³⁰.
+    """
+    ordinary = (rstd > 1e-12) & (rstd < 1e12) | np.isnan(rstd)
+    return check.real(dtype) if ordinary.all() else check.FLOAT64
+
+
+def _through_relu(dy: np.ndarray, saved: Saved, eps: float) -> np.ndarray:
+    """Return dy with 0 where ReLU gave 0: where y, as the forward pass rounded it, was not above 0."""
+    y = batch_norm_infer(saved.x, saved.mean, saved.var, saved.gamma, saved.beta, axis=saved.axis, eps=eps)
+    return np.where(y <= 0, dy.dtype.type(0), dy)
