@@ -206,9 +206,9 @@ class BatchNorm:
 
         Parameters
         ----------
-        batches : iterable of array_like
-            Inputs of this layer, computed with frozen weights. No batches change nothing, nor does an iterable that
-            raises.
+        batches : iterable of array_like, or of Moments
+            Inputs of this layer, computed with frozen weights, or the moments of such. No batches change nothing, nor
+            does an iterable that raises.
         method : {"pooled", "paper"}
             "pooled": mean and variance of all the values together, the variance over n - 1 where `unbiased`, else
             over n. "paper": E[x] = mean of μ_B, Var[x] = mean of σ_B²·m_B/(m_B - 1) over the batches.
@@ -228,7 +228,7 @@ class BatchNorm:
         total = Moments(c, axis=self.axis)
         mean, var, number = np.zeros(c), np.zeros(c), 0
         for batch in batches:
-            m = Moments.of(batch, self.axis)
+            m = batch if isinstance(batch, Moments) else Moments.of(batch, self.axis)
             if m.mean.shape != (c,):
                 raise ValueError(f"batches: expected {c} channels on axis {self.axis}, got {len(m.mean)}")
             if m.count == 0:

@@ -1146,6 +1146,11 @@ def test_recalibration_follows_the_axis_and_takes_every_array():
     exact = BatchNorm(2, dtype=np.float64)
     exact.recalibrate([[[1, 10], [3, 30]], np.array([[5, 5], [7, 15]], np.float16)])
     assert exact.running_mean.tolist() == [4, 15]
+    for method in "pooled", "paper":
+        summed, computed = BatchNorm(2), BatchNorm(2)
+        summed.recalibrate(map(fastbn.Moments.of, (x, x[:2] + 1)), method)
+        computed.recalibrate((x, x[:2] + 1), method)
+        assert np.array_equal(summed.running_var, computed.running_var)
 
 
 @pytest.mark.parametrize("method", ["pooled", "paper"])

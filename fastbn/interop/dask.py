@@ -200,19 +200,9 @@ def recalibrate(bn: BatchNorm, x: da.Array) -> None:
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("bn: expected running statistics, got track_running_stats=False")
     lazy = moments(x, bn.axis)
-    expected = f"x: expected {bn.num_features} channels on axis {bn.axis}"
     if x.shape[bn.axis] != bn.num_features and not math.isnan(x.shape[bn.axis]):
-        raise ValueError(f"{expected}, got shape {x.shape}")
-    total = lazy.compute()
-    if total.count == 0:
-        return
-    if len(total.mean) != bn.num_features:
-        raise ValueError(f"{expected}, got {len(total.mean)}")
-    if bn.unbiased and total.count < 2:
-        raise ValueError("x: expected 2 or more values per channel in all, got 1")
-    var = total.var(correction=int(bn.unbiased))
-    with np.errstate(all="ignore"):  # a variance that float32 cannot hold becomes inf
-        bn.running_mean[...], bn.running_var[...] = total.mean, var
+        raise ValueError(f"x: expected {bn.num_features} channels on axis {bn.axis}, got shape {x.shape}")
+    bn.recalibrate([lazy.compute()])
 
 
 # What is checked before anything is computed ------------------------------------------------------------------------
