@@ -109,8 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
         thresholds(options.threads, rounds)
         return 0
     if len(options.what) == 1 and options.what[0] in _ALONE:
-        main_of = importlib.import_module(f".{_ALONE[options.what[0]]}", __package__).main
-        return main_of(options.threads, rounds, markdown=options.markdown, quick=options.quick, json_path=options.json)
+        try:
+            subject = importlib.import_module(f".{_ALONE[options.what[0]]}", __package__)
+        except ModuleNotFoundError as error:
+            _ARGUMENTS.error(f"{options.what[0]}: {error}")
+        common = {"markdown": options.markdown, "quick": options.quick, "json_path": options.json}
+        return subject.main(options.threads, rounds, **common)
     rows = targets.rows(quick=options.quick, cache=caches.L3, threads=options.threads) if options.targets else []
     table = [] if options.targets else _table(options)
     contestants, absent = _contestants(options, {who for row in rows for _, who in row.keys})

@@ -125,7 +125,7 @@ def measure(rounds: int, quick: bool) -> dict[str, Any]:
             "Allgather": lambda part=part, gathered=gathered: comm.Allgather(part, gathered),
             "Allreduce": lambda part=part, summed=summed: comm.Allreduce(part, summed),
         }
-        repeats = rounds if quick else 20 * rounds
+        repeats = rounds if quick else (20 if n < 10_000 else 2) * rounds
         result["exchange"][n] = {name: _least(call, repeats, calls) for name, call in ways.items()}
     for shape in LAYERS[3 if quick else 0 :]:
         rng = np.random.default_rng(comm.rank)
@@ -140,7 +140,7 @@ def measure(rounds: int, quick: bool) -> dict[str, Any]:
             bn(x)
             bn.backward(dy)
 
-        repeats = rounds if quick else 4 * rounds
+        repeats = rounds if quick else 2 * rounds
         result["layers"]["x".join(map(str, shape))] = {
             "channels": shape[1],
             "plain": _least(plain, repeats),

@@ -719,6 +719,12 @@ class TestChangesFromOutside:
 
         self.follow(change, shape=(5,))
 
+    def test_state_moved_to_another_key(self):
+        def change(opt):
+            opt.state[torch.zeros(1)] = opt.state.pop(opt.param_groups[0]["params"][1])
+
+        self.follow(change)
+
     def test_state_of_the_last_parameter_removed(self):
         def change(opt):
             del opt.state[opt.param_groups[0]["params"][1]]

@@ -165,7 +165,6 @@ class _Fused(torch.optim.Optimizer):
         keys, addresses = self._known
         return (
             len(plans) == len(self.param_groups)
-            and len(self.state) == len(keys)
             and all(map(is_, self.state, keys))
             and _addresses(self.state.values()) == addresses
             and all(
@@ -212,7 +211,6 @@ class _Fused(torch.optim.Optimizer):
                 for name, value in values.items():
                     if isinstance(value, _Held):
                         values[name] = value.tensor
-        self._plans = None
         super().__setstate__(state)
 
 
