@@ -140,7 +140,7 @@ def measure(rounds: int, quick: bool) -> dict[str, Any]:
             bn(x)
             bn.backward(dy)
 
-        repeats = rounds if quick else 2 * rounds
+        repeats = rounds if quick else 8 * rounds
         result["layers"]["x".join(map(str, shape))] = {
             "channels": shape[1],
             "plain": _least(plain, repeats),
@@ -233,7 +233,7 @@ def _print_exchanges(measured: dict[int, Any], alpha: float, per_byte: float, co
 def _print_layers(measured: dict[int, Any], alpha: float, per_byte: float, cores: int, markdown: bool) -> None:
     print(
         "BatchNorm with ReLU, float32, forward and backward, µs: fastbn.BatchNorm on each rank; the same by the steps\n"
-        "of SyncBatchNorm without messages; SyncBatchNorm; predicted: the second, and two exchanges\n"
+        "of SyncBatchNorm without messages; SyncBatchNorm; predicted: the second and two exchanges, times ranks/cores\n"
     )
     table = Table(["ranks, shape of a rank", "BatchNorm", "local", "SyncBatchNorm", "predicted", "ratio"], 28,
                   markdown=markdown)  # fmt: skip
@@ -241,7 +241,7 @@ def _print_layers(measured: dict[int, Any], alpha: float, per_byte: float, cores
     for ranks, result in measured.items():
         for shape, times in result["layers"].items():
             messages = sum(exchange_time(ranks, b, alpha, per_byte) for b in layer_bytes(times["channels"]))
-            predicted = times["local"][0] + messages * max(1, ranks / cores)
+            predicted = (times["local"][0] + messages) * max(1, ranks / cores)
             table.row([
                 f"{ranks}, {shape}", *(_microseconds(times[name]) for name in ("plain", "local", "sync")),
                 f"{predicted * 1e6:.0f}", f"{times['sync'][0] / predicted:.2f}",

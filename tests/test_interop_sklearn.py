@@ -18,12 +18,13 @@ from scipy import sparse
 from scipy.special import expit, softmax
 from sklearn import datasets
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fastbn import nn
@@ -37,6 +38,16 @@ quick = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarnin
 @parametrize_with_checks([Standardizer(), BatchNormMLPClassifier(), BatchNormMLPRegressor()])
 def test_the_checks_of_scikit_learn_hold(estimator, check):
     check(estimator)
+
+
+def test_the_tags_say_what_the_estimators_can():
+    """They decide which of the checks above there are."""
+    assert get_tags(Standardizer()).input_tags.allow_nan
+    assert get_tags(Standardizer()).transformer_tags.preserves_dtype == ["float64", "float32", "float16"]
+    assert get_tags(BatchNormMLPClassifier()).classifier_tags.multi_label
+    assert get_tags(BatchNormMLPRegressor()).target_tags.multi_output
+    assert not get_tags(BatchNormMLPClassifier()).classifier_tags.poor_score
+    assert not get_tags(BatchNormMLPRegressor()).regressor_tags.poor_score
 
 
 def test_without_scikit_learn_the_error_says_what_to_install():
@@ -308,6 +319,9 @@ def test_a_feature_without_values_is_nan_until_it_gets_some():
     assert scaler.mean_.tolist() == [3, 5]
     assert scaler.scale_[1] == 1
     assert Standardizer().fit(x).partial_fit(x).n_samples_seen_.tolist() == [4, 0]
+    before = scaler.mean_, scaler.var_
+    scaler.partial_fit([[np.nan, np.nan]])
+    assert np.array_equal((scaler.mean_, scaler.var_), before)
 
 
 def test_statistics_set_by_hand_are_used():
@@ -519,6 +533,9 @@ def test_regression_of_one_output_and_several():
     one = BatchNormMLPRegressor(**FAST).fit(POINTS, SURFACE)
     assert one.predict(POINTS).shape == (300,)
     assert one.score(POINTS, SURFACE) > 0.9
+    with pytest.warns(DataConversionWarning):
+        column = BatchNormMLPRegressor(**FAST).fit(POINTS, SURFACE[:, None])
+    assert np.array_equal(column.predict(POINTS), one.predict(POINTS))
     both = np.stack([SURFACE, POINTS[:, 3] ** 2], axis=1)
     two = BatchNormMLPRegressor(**FAST).fit(POINTS, both)
     assert two.predict(POINTS).shape == (300, 2)
@@ -759,8 +776,9 @@ def test_batches_are_nearly_equal(n, batch_size, rows, monkeypatch):
 @quick
 def test_statistics_come_from_a_part_of_very_many_rows(monkeypatch):
     monkeypatch.setattr(sklearn_training, "_MOST_ROWS", 200)
-    model = BatchNormMLPRegressor(**FAST | {"max_iter": 1}).fit(POINTS, SURFACE)
-    a = POINTS @ model.model_[0].weight.T
+    x = np.sort(POINTS, axis=0)  # the first rows alone would not do
+    model = BatchNormMLPRegressor(**FAST | {"max_iter": 1}).fit(x, SURFACE)
+    a = x @ model.model_[0].weight.T
     error = np.abs(model.model_[1].running_mean - a.mean(axis=0)) / a.std(axis=0)
     assert (error > 0).all()
     assert (error < 5 / math.sqrt(200)).all()
@@ -893,7 +911,7 @@ NAN, INF = (np.where(np.arange(1200).reshape(300, 4) == 77, bad, POINTS) for bad
         ({}, POINTS[:1], SIDES[:1], ValueError, "X: expected 2 samples or more, .* got 1 sample"),
         ({}, POINTS, SIDES * 0, ValueError, "y: expected 2 classes or more, got 1 class"),
         ({}, sparse.csr_array(POINTS), SIDES, TypeError, "Sparse data was passed"),
-        ({"learning_rate_init": 1e300}, POINTS, SIDES, ValueError, "scale X, or reduce learning_rate_init"),
+        ({"learning_rate_init": 1e300}, POINTS, SIDES, ValueError, "training: expected finite weights and loss, got"),
     ],
 )  # fmt: skip
 def test_a_refused_fit_leaves_the_network_as_it_was(options, x, y, error, message):
@@ -903,6 +921,17 @@ def test_a_refused_fit_leaves_the_network_as_it_was(options, x, y, error, messag
         model.set_params(**options).fit(x, y)
     assert np.array_equal(model.predict_proba(POINTS), before)
     assert model.classes_.tolist() == [0, 1, 2, 3]
+
+
+@quick
+@pytest.mark.parametrize(("rate", "what"), [(1e308, "training"), (1e200, "statistics")])
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_last_step_that_diverges_is_refused(rate, what, early_stopping):
+    """The loss is that before the step; finite weights can still have a variance that is not."""
+    options = FAST | {"solver": "sgd", "learning_rate_init": rate, "max_iter": 1, "batch_size": 300}
+    model, y = (BatchNormMLPRegressor, 100 * SURFACE) if what == "training" else (BatchNormMLPClassifier, SIDES)
+    with pytest.raises(ValueError, match=f"{what}: expected finite"):
+        model(early_stopping=early_stopping, **options).fit(POINTS, y)
 
 
 def test_a_validation_set_of_one_row_has_no_r2():

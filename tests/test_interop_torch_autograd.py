@@ -209,6 +209,20 @@ def test_half_types_go_with_parameters_of_their_own_or_float32(dtype, parameters
         assert t.dtype == of_parameters
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_without_weight_has_a_gradient_of_its_own_precision(dtype, training, relu):
+    """float32 beside a half-type input: the sum is rounded once, to float32."""
+    statistics = (None, None) if training else (torch.zeros(3), torch.ones(3))
+    bias, dy = torch.full((3,), 0.25, requires_grad=True), randn(50, 3, 9, seed=1, dtype=dtype)
+    y = batch_norm(randn(50, 3, 9, dtype=dtype), *statistics, None, bias, training, relu=relu)
+    y.backward(dy)
+    exact = torch.where(y > 0, dy, 0).double() if relu else dy.double()
+    assert bias.grad.dtype == torch.float32
+    assert ((bias.grad - exact.sum((0, 2))).abs() <= 8 * 2**-24 * exact.abs().sum((0, 2))).all()
+
+
 def test_autocast_leaves_the_layer_what_it_is_given():
     """As PyTorch's: a convolution gives bfloat16, the layer takes it with its float32 parameters."""
     conv, (ours, theirs) = nn.Conv2d(2, 3, 1), pair(BatchNorm2d, dtype=torch.float32)

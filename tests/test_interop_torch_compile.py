@@ -244,6 +244,19 @@ def test_opcheck_of_the_forward_operator(name):
 
 
 @pytest.mark.parametrize("name", [name for name, _ in operator_cases()])
+def test_no_result_of_an_operator_shares_memory(name):
+    """With each other, or with an argument: the compiler takes that for granted."""
+    args = dict(operator_cases())[name]
+    results = torch.ops.fastbn.batch_norm.default(*args)
+    tensors = [t for t in (*args, *results) if isinstance(t, torch.Tensor) and t.numel()]
+    given = len([t for t in args if isinstance(t, torch.Tensor) and t.numel()])
+    spans = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
+    for i, (start, size) in enumerate(spans[given:], given):
+        for other, length in spans[:i]:
+            assert start + size <= other or other + length <= start
+
+
+@pytest.mark.parametrize("name", [name for name, _ in operator_cases()])
 def test_opcheck_of_the_backward_operator(name):
     args = dict(operator_cases())[name]
     saved = []

@@ -276,9 +276,9 @@ def test_what_the_kernels_do_not_take_is_said_once_per_reason_and_process():
         x = torch.randn(4, 3)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            for _ in range(3):
+            for n in 2, 3, 4:
                 y = batch_norm(x, torch.zeros(3), torch.ones(3), eps=0.0)
-                z = batch_norm(x[:, :0], torch.zeros(0), torch.ones(0))
+                z = batch_norm(x[:n, :0], torch.zeros(0), torch.ones(0))
                 for bad in x.to(torch.complex64), x.to(torch.int64):
                     try:
                         batch_norm(bad, torch.zeros(3), torch.ones(3))

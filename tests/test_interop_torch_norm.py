@@ -2,6 +2,7 @@
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ from fastbn.interop.torch import (  # noqa: E402
     BatchNormAddReLU,
     BatchNormReLU,
     batch_norm,
+    ops,
 )
 
 NORMS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
@@ -281,6 +283,45 @@ def test_the_bits_are_the_same_for_any_number_of_threads(kind, layout, training)
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("given", [(4, 2), (2, 4), (1, 3), (3, 1)])
+def test_a_call_has_no_more_threads_than_either_library_was_given(monkeypatch, given):
+    seen = []
+    for name in "batch_norm_train", "infer", "batch_norm_backward":
+        inner = getattr(ops, name)
+
+        def recording(*args, inner=inner, **options):
+            seen.append(fastbn.get_num_threads())
+            return inner(*args, **options)
+
+        monkeypatch.setattr(ops, name, recording)
+    before = torch.get_num_threads()
+    bn, x = BatchNorm2d(3), randn(4, 3, 5, 5, grad=True)
+    try:
+        torch.set_num_threads(given[1])
+        with fastbn.num_threads(given[0]):
+            bn(x).sum().backward()
+            bn.eval()(x).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [min(given)] * 4
+
+
+def test_several_threads_of_python_may_call_at_once():
+    """Each with layers of its own: the same bits as one after the other."""
+
+    def run(seed):
+        bn, x = filled(BatchNormReLU(8)), randn(16, 8, 20, 20, seed=seed, grad=True)
+        for _ in range(5):
+            y = bn(x)
+            y.sum().backward()
+        return [y.detach(), x.grad, bn.weight.grad, bn.running_mean]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, range(8)))
+    for seed, tensors in enumerate(found):
+        assert all(same_bits(a, b) for a, b in zip(tensors, run(seed), strict=True))
+
+
 def test_repeated_runs_and_all_places_in_memory_give_the_same_bits_per_layout():
     x = randn(4, 6, 5, 7)
     wide = torch.full((8, 6, 11, 7), math.nan)
@@ -483,6 +524,39 @@ def test_no_array_is_copied():
         assert results - 0.1 < both < results + 0.3, (kind, form)
 
 
+def test_large_results_leave_their_memory_for_the_next():
+    """As those of the NumPy interface: it is given back when the tensor goes, not before."""
+    bn, x = BatchNorm2d(16), torch.zeros(144, 16, 64, 64, requires_grad=True)  # 36 MiB
+    fastbn.release_buffers()
+    y = bn(x)
+    assert fastbn.release_buffers() == 0
+    (dx,) = torch.autograd.grad(y, x, y)
+    kept = y[:1].view(16, -1)
+    del y
+    assert fastbn.release_buffers() == 0  # a view holds it
+    del kept, dx
+    assert x.nbytes * 2 <= fastbn.release_buffers() <= x.nbytes * 2.1
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_are_what_small_ones_are(dtype, form):
+    """In that memory too: the values, their order, and what a residual in another order gets."""
+    n = 144 * 4 // dtype.itemsize
+    pattern = randn(2, 16, 64, 64, dtype=dtype)
+    x = pattern.repeat(n // 2, 1, 1, 1).contiguous(memory_format=form).requires_grad_()
+    residual = pattern.flip(1).repeat(n // 2, 1, 1, 1).requires_grad_()
+    bn = filled(BatchNormAddReLU(16))
+    y = bn(x, residual)
+    dx, dresidual = torch.autograd.grad(y, (x, residual), residual.detach())
+    assert y.stride() == dx.stride() == x.stride()
+    assert_forward(y[:2], pattern, bn.weight, bn.bias, relu=True, residual=residual[:2])
+    for t in y, dx, dresidual:
+        assert same_bits(t[2:], t[:2].repeat(n // 2 - 1, 1, 1, 1))
+    assert same_bits(dresidual, torch.where(y > 0, residual, 0))
+    assert_gradients(residual[:2], y[:2], pattern, bn.weight, (dx[:2], None, None), relu=True)
+
+
 @pytest.mark.parametrize("kind", [BatchNorm2d, BatchNormReLU, BatchNormAddReLU])
 def test_what_is_saved_for_backward_is_the_input_itself_and_little_else(kind):
     saved = []
@@ -678,6 +752,20 @@ def test_one_running_statistic_without_the_other_is_refused():
     with pytest.raises((RuntimeError, ValueError), match="running_mean"):
         batch_norm(x, None, None)
     assert one.tolist() == [1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:fastbn:UserWarning")
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_both_statistics_move_or_neither(name):
+    """One whose elements are all the same memory cannot take three values."""
+    vectors = {"running_mean": torch.ones(3), "running_var": torch.ones(3)}
+    vectors[name] = torch.ones(1).expand(3)
+    try:
+        batch_norm(randn(4, 3), **vectors, training=True)
+    except RuntimeError:
+        assert all((v == 1).all() for v in vectors.values())
+    else:
+        assert all((v != 1).all() for v in vectors.values())
 
 
 @pytest.mark.parametrize("kind", [BatchNorm1d, BatchNormReLU])

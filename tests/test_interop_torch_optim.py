@@ -314,6 +314,13 @@ class TestSameSteps:
         assert torch.equal(w, v)
         assert not torch.equal(w, torch.ones(4, 3))
 
+    def test_lazily_negated_gradient(self):
+        w = nn.Parameter(torch.ones(3))
+        w.grad = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+        assert w.grad.is_neg()
+        optim.SGD([w], lr=1.0).step()
+        assert w.tolist() == [2.0] * 3
+
     def test_numbers_as_tensors(self):
         w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         w.grad = v.grad = torch.ones(3)
@@ -453,8 +460,10 @@ class TestGroups:
         alone.step()
         assert bits(params[1:]) == bits(twin)
 
-    def test_no_gradient_at_all(self):
-        opt = optim.Adam([nn.Parameter(torch.ones(3))])
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+    @methods
+    def test_no_gradient_at_all(self, method, dtype):
+        opt = make(method, [nn.Parameter(torch.ones(3, dtype=dtype))], {})
         opt.step()
         assert not opt.state
         assert opt.param_groups[0]["params"][0].tolist() == [1.0] * 3
@@ -747,6 +756,36 @@ class TestChangesFromOutside:
 
         self.follow(change)
 
+    def test_parameters_without_state_exchanged(self):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+        opt = optim.SGD(params[:2], lr=1.0)
+        give(params, [torch.ones(2)] * 4)
+        opt.step()
+        opt.param_groups[0]["params"][0] = params[2]
+        opt.step()
+        opt.param_groups[0]["params"].append(params[3])
+        opt.step()
+        opt.param_groups[0]["params"].pop()
+        opt.step()
+        assert [p[0].item() for p in params] == [0.0, -3.0, -2.0, 0.0]
+
+    def test_gradient_of_the_old_shape_or_another_dtype(self):
+        p = nn.Parameter(torch.ones(2, 3))
+        opt = optim.SGD([p])
+        p.grad = torch.ones(2, 3)
+        opt.step()
+        before = p.tolist()
+        p.data = p.data[:1]
+        with pytest.raises(ValueError, match=r"grad of .*: expected shape \(1, 3\) .*, got \(2, 3\) and"):
+            opt.step()
+        assert p.tolist() == before[:1]
+        half = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        half.grad_dtype = None
+        half.grad = torch.ones(3)
+        with pytest.raises(ValueError, match=r"grad of .*: expected shape \(3,\) and dtype bfloat16, got .* float32"):
+            optim.SGD([half]).step()
+        assert half.tolist() == [1.0] * 3
+
     def test_group_removed(self):
         def change(opt):
             last = opt.param_groups[0]["params"].pop()
@@ -794,12 +833,13 @@ class TestChangesFromOutside:
 
 class TestRefusals:
     def test_construction(self):
-        w = nn.Parameter(torch.ones(4, 4))
+        w, row = nn.Parameter(torch.ones(4, 4)), torch.ones(8)
         cases = [
             ([w, nn.Parameter(torch.ones(3, device="meta"))], {}, ValueError, r"\[1\]: .* on the CPU, got .* meta"),
             ([w, nn.Parameter(torch.ones(3, dtype=torch.complex64))], {}, TypeError, r"\[1\]: .* got torch.complex64"),
             ([w.detach().to_sparse()], {}, TypeError, r"\[0\]: expected a strided tensor, got torch.sparse_coo"),
             ([torch.ones(1).expand(4)], {}, ValueError, r"\[0\]: .* share no memory, got an expanded"),
+            ([row[::2], row[1:2], row[4:5]], {}, ValueError, r"params'\]\[2\]: .* apart .* that of .*params'\]\[0\]"),
             ([w, w.detach()[1]], {}, ValueError, r"params'\]\[1\]: .* apart .* that of .*params'\]\[0\]"),
             ([{"params": w}, {"params": torch.ones(2, device="meta")}], {}, ValueError, r"param_groups\[1\]"),
             ([("a.weight", torch.ones(2, device="meta"))], {}, ValueError, r"\[0\] \(a.weight\): "),
@@ -894,12 +934,12 @@ class TestAutograd:
             loss.backward()
 
     def test_frozen_parameters_keep_their_version(self):
-        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 2)[:, 0])]
         opt = optim.SGD(params)
         params[0].grad = torch.ones(3)
         before = [p._version for p in params]
         opt.step()
-        assert [p._version - old for p, old in zip(params, before, strict=True)] == [1, 0]
+        assert [p._version - old for p, old in zip(params, before, strict=True)] == [1, 0, 0]
 
     def test_nothing_is_recorded(self):
         w = nn.Parameter(LAYOUTS["gaps"](torch.ones(3)))

@@ -6,6 +6,7 @@ forms and the samples of the operator. What the suite's files test of BatchNorm 
 
 import copy
 import gc
+import inspect
 import io
 import itertools
 import pickle
@@ -278,6 +279,19 @@ def test_error_samples_of_the_operator():
             sample = error.sample_input
             with pytest.raises(error.error_type, match=error.error_regex):
                 batch_norm(sample.input, *sample.args, **sample.kwargs)
+
+
+def test_the_signatures_are_pytorchs():
+    """Then come the keywords of the fused forms."""
+    theirs, ours = (list(inspect.signature(f).parameters.values()) for f in (F.batch_norm, batch_norm))
+    assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert [(p.name, p.default, p.kind.name) for p in ours[len(theirs) :]] == [
+        ("relu", False, "KEYWORD_ONLY"),
+        ("residual", None, "KEYWORD_ONLY"),
+    ]
+    for plain, kind in OURS.items():
+        assert inspect.signature(kind) == inspect.signature(plain)
+        assert kind.__name__ == plain.__name__
 
 
 # What test/test_nn.py and test/nn/ test of BatchNorm --------------------------------------------------------------

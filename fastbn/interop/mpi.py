@@ -136,7 +136,7 @@ class SyncBatchNorm(BatchNorm):
             c, paper = self.num_features, method == "paper"
             total = Moments(2 * c if paper else c)  # under "paper", of each batch's (mean, variance)
             for batch in batches:
-                m = Moments.of(batch, self.axis)
+                m = batch if isinstance(batch, Moments) else Moments.of(batch, self.axis)
                 if m.mean.shape != (c,):
                     raise ValueError(f"batches: expected {c} channels on axis {self.axis}, got {len(m.mean)}")
                 if m.count == 0:

@@ -128,7 +128,7 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def inverse_transform(self, X: Any, copy: bool | None = None) -> np.ndarray:
         """Return x·scale_ + mean_, the inverse of `transform`; errors as there."""
         check_is_fitted(self)
-        X = check_array(X, dtype=_DTYPES, ensure_all_finite="allow-nan", estimator=self, input_name="X")
+        X = check_array(X, dtype=_DTYPES, ensure_all_finite="allow-nan", input_name="X")
         if X.shape[1] != self.n_features_in_:
             raise ValueError(f"X: expected {self.n_features_in_} features, got shape {X.shape}")
         scale = self.scale_ if self.with_std else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from numbers import Integral, Real
 from typing import Any
@@ -180,8 +181,11 @@ class BatchNormMLP(BaseEstimator):
             X, targets, loss=loss, optimizer=optimizer, batch_size=self._rows(len(X)), progress=False, seed=rng
         )
         value = history["loss"][0]
-        if not math.isfinite(value):
-            raise ValueError(f"loss: expected finite numbers, got {value}: scale X, or reduce learning_rate_init")
+        if not math.isfinite(value) or not _finite(model.parameters()):  # the loss is that before the last step
+            raise ValueError(
+                f"training: expected finite weights and loss, got others (loss {value}): scale X, or reduce "
+                "learning_rate_init"
+            )
         return value
 
     def _rows(self, n: int) -> int:
@@ -225,8 +229,8 @@ class BatchNormMLP(BaseEstimator):
         settled: dict[str, Any],
     ) -> Any:  # fmt: skip
         """Set all attributes: nothing has changed until here."""
-        if not all(np.isfinite(array).all() for array in model.state_dict().values()):
-            raise ValueError("weights: expected finite numbers: scale X, or reduce learning_rate_init")
+        if not _finite(model.state_dict().values()):
+            raise ValueError("statistics: expected finite numbers, got others: scale X, or reduce learning_rate_init")
         folded = model.fold()
         self.model_, self.folded_ = _copy(model).eval(), folded  # a copy remembers no batch: it is pickled
         self.loss_ = curve[-1]
@@ -286,6 +290,10 @@ class _Optimizer:
 
 def _sizes(hidden_layer_sizes: Any) -> list[int]:
     return list(hidden_layer_sizes) if np.ndim(hidden_layer_sizes) else [hidden_layer_sizes]
+
+
+def _finite(arrays: Iterable[np.ndarray]) -> bool:
+    return all(np.isfinite(array).all() for array in arrays)
 
 
 def _copy(model: nn.Sequential) -> nn.Sequential:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .. import graph as folding
 from ..report import LEFT, Decision, ModelReport
+from . import ops
 from .conversion import restore
 from .fx_graph import Translation, operations, remove, rewrite
 from .layers import (
@@ -69,7 +70,7 @@ def fold(module: Any, *, example_inputs: Any = None) -> tuple[Any, ModelReport]:
         `module` is of another type.
     ValueError
         var + eps of a BatchNorm is not positive, its statistics are not finite, its shapes do not fit; the model
-        fails on `example_inputs`.
+        fails on `example_inputs`; a program was exported from a model of fastbn's modules.
 
     Notes
     -----
@@ -86,6 +87,11 @@ def fold(module: Any, *, example_inputs: Any = None) -> tuple[Any, ModelReport]:
     1 BatchNorm: 1 folded; nodes 3 -> 2, parameters 256 -> 224
     """
     if isinstance(module, ExportedProgram):
+        if any(node.target is ops.forward for node in module.graph.nodes):
+            raise ValueError(
+                "module: expected a program of PyTorch's operators, got one with fastbn.batch_norm: fold the module, "
+                "then export what comes out"
+            )
         return fold_program(module)
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         kind = type(module).__name__

@@ -109,20 +109,21 @@ def _refused(x: Tensor, given: tuple[Tensor | None, ...], training: bool, eps: f
         if tensor.dtype != x.dtype and not (tensor.dtype == torch.float32 and x.dtype in HALVES):
             return f"{name} of {tensor.dtype} for an input of {x.dtype}"
         if tensor is not x and (tensor.ndim != 1 or x.ndim < 2 or tensor.shape[0] != x.shape[1]):
-            return f"{name} of shape {tuple(tensor.shape)} for an input of shape {tuple(x.shape)}"
+            return f"{name} of another shape than (C,)"
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     ):
         return "what runs under torch.func, or in forward mode,"
     if x.ndim < 2 or x.shape[1] == 0:
-        return f"input of shape {tuple(x.shape)}"
+        return "input without channels, or with fewer than two axes"
     if eps <= 0:
-        return f"eps {eps}"
+        return "eps of 0 or less"
     mean, var = given[:2]
     if (mean is None) != (var is None) or (mean is None and not training):
         return "running statistics that are missing"
-    if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
-        return "running statistics that require gradients"
+    for statistic in (mean, var):
+        if statistic is not None and (statistic.requires_grad or (statistic.stride(0) == 0 and len(statistic) > 1)):
+            return "running statistics that require gradients or share memory among them"
     return ""
 
 

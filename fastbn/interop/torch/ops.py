@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._core import buffers, layout
 from ...norm import Saved, batch_norm_backward, batch_norm_train, infer
 from ...threads import get_num_threads, num_threads
-from .layers import to_array
+from .layers import HALVES, to_array
 
 _LIBRARY = torch.library.Library("fastbn", "DEF")
 _LIBRARY.define(
@@ -147,7 +147,9 @@ def _fake_backward(
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
-    return x.dtype if weight is None else weight.dtype
+    if weight is not None:
+        return weight.dtype
+    return torch.float32 if x.dtype in HALVES else x.dtype  # of the bias alone, which may be float32
 
 
 # Autograd -----------------------------------------------------------------------------------------------------------
