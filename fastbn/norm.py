@@ -284,45 +284,105 @@ def batch_norm_backward(
     >>> bool(abs(dx).max() < 1e-15), dbeta
     (True, array([3.]))
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved: expected what batch_norm_train returned, got {type(saved).__name__}")
-    x = saved.x
-    if x is None:
-        raise ValueError("saved: expected the input of the forward pass, but out=x overwrote it")
-    dy_in = check.like("dy", dy, x.shape, x.dtype)
+    x, dy_in = _check_backward(dy, saved)
     if out is not None:
         out = check.output(out, x.shape, x.dtype, ("dy", dy), x=x)
-    threads = budget(x.size, num_threads)
-    c = x.shape[saved.axis]
     if x.size == 0:
-        zero = np.zeros(c, saved.param_dtype)
+        zero = np.zeros(x.shape[saved.axis], saved.param_dtype)
         dx = layout.empty_like(x) if out is None else out
         return Gradients(dx, zero, zero.copy(), dx.copy() if saved.has_residual else None)
-
     dx = layout.empty_like(x) if out is None else out
+    dgamma, dbeta, dresidual = _backward(dy_in, saved, x, dx, saved.frozen, budget(x.size, num_threads))
+    return Gradients(dx, dgamma.astype(saved.param_dtype), dbeta.astype(saved.param_dtype), dresidual)
+
+
+def _check_backward(dy: Any, saved: Saved) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and dy as arrays, or raise."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved: expected what batch_norm_train returned, got {type(saved).__name__}")
+    if saved.x is None:
+        raise ValueError("saved: expected the input of the forward pass, but out=x overwrote it")
+    return saved.x, check.like("dy", dy, saved.x.shape, saved.x.dtype)
+
+
+def _backward(
+    dy: np.ndarray, saved: Saved, x: np.ndarray, dx: np.ndarray | None, frozen: bool, threads: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Write dx, unless it is None; return float64 dγ and dβ, and the residual's gradient if there was one."""
+    c = x.shape[saved.axis]
     dgamma, dbeta = np.empty(c), np.empty(c)
-    dresidual = marks = masked = copied = views = None
-    incoming: Any = dy_in
+    dresidual = marks = masked = copied = views = dx_view = None
+    target = x if dx is None else dx
     if saved.bits is not None:
         dresidual = layout.empty_like(x)
-        views = layout.plan(saved.axis, dy_in, x, dx, dresidual, saved.bits.view()) if dx.flags.aligned else None
+        views = layout.plan(saved.axis, dy, x, dx, dresidual, saved.bits.view()) if target.flags.aligned else None
         if views is None:
-            dresidual[...] = np.where(saved.bits.read(), dy_in, np.zeros((), x.dtype))
-            incoming = dresidual
+            dresidual[...] = np.where(saved.bits.read(), dy, np.zeros((), x.dtype))
+            dy = dresidual
         else:
-            incoming, x_view, dx_view, masked, bits_view = views
+            dy, x_view, dx_view, masked, bits_view = views
             marks = saved.bits.memory, bits_view
     elif saved.has_residual:
-        dresidual = dy_in.copy(order="K")
+        dresidual = dy.copy(order="K")
     if views is None:
-        (incoming, x_view), dx_view, copied, _ = layout.arrange(saved.axis, (incoming, x), dx)
+        if dx is None:
+            dy, x_view = _readable(saved.axis, dy, x)
+        else:
+            (dy, x_view), dx_view, copied, _ = layout.arrange(saved.axis, (dy, x), dx)
     kernels.backward(
-        incoming, x_view, dx_view, saved.gamma, saved.beta, saved.mean, saved.rstd, dgamma, dbeta,
-        saved.relu and saved.bits is None, saved.frozen, marks, masked, threads,
+        dy, x_view, dx_view, saved.gamma, saved.beta, saved.mean, saved.rstd, dgamma, dbeta,
+        saved.relu and saved.bits is None, frozen, marks, masked, threads,
+    )  # fmt: skip
+    if copied is not None and dx is not None:
+        dx[...] = copied
+    return dgamma, dbeta, dresidual
+
+
+def _readable(axis: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return canonical views of inputs alone; copies only where there are none."""
+    views = layout.plan(axis, *arrays) or layout.plan(axis, *map(np.ascontiguousarray, arrays))
+    assert views is not None
+    return views
+
+
+def backward_sums(
+    dy: Any, saved: Saved, num_threads: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return Σ dy·x̂ and Σ dy, float64, and the residual's gradient if there was one: a backward pass's first half.
+
+    Where a batch is in several parts, those of all parts added up are what :func:`input_gradient` wants.
+    """
+    x, dy_in = _check_backward(dy, saved)
+    if x.size == 0:
+        zero = np.zeros(x.shape[saved.axis])
+        return zero, zero.copy(), dy_in.copy() if saved.has_residual else None
+    return _backward(dy_in, saved, x, None, saved.frozen, budget(x.size, num_threads))
+
+
+def input_gradient(
+    dy: Any, saved: Saved, dgamma: np.ndarray, dbeta: np.ndarray, dresidual: np.ndarray | None,
+    out: np.ndarray | None = None, num_threads: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Return dx, given the sums over all of the batch: a backward pass's second half.
+
+    `saved.count` is the number of values per channel in all of it; with frozen statistics dx = γ·rstd·dy.
+    """
+    x, dy_in = _check_backward(dy, saved)
+    if out is not None:
+        out = check.output(out, x.shape, x.dtype, ("dy", dy), x=x)
+    dx = layout.empty_like(x) if out is None else out
+    if x.size == 0:
+        return dx
+    if saved.bits is not None and dresidual is not None:
+        dy_in = dresidual
+    (dy_view, x_view), dx_view, copied, _ = layout.arrange(saved.axis, (dy_in, x), dx)
+    kernels.input_gradient(
+        dy_view, x_view, dx_view, saved.gamma, saved.beta, saved.mean, saved.rstd, dgamma / saved.count,
+        dbeta / saved.count, saved.relu and saved.bits is None, saved.frozen, budget(x.size, num_threads),
     )  # fmt: skip
     if copied is not None:
         dx[...] = copied
-    return Gradients(dx, dgamma.astype(saved.param_dtype), dbeta.astype(saved.param_dtype), dresidual)
+    return dx
 
 
 class Moments:

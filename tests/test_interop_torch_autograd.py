@@ -112,6 +112,20 @@ def test_a_gradient_penalty_is_that_of_pytorch(kind, training):
     assert all(near(a, b, 2**24) for a, b in zip(*found, strict=True))
 
 
+def test_second_derivatives_too_are_zero_where_relu_gives_zero():
+    """Exactly 0, that is, where γ = β = 0."""
+    found = []
+    for layer in pair(BatchNormReLU):
+        with torch.no_grad():
+            layer.weight[1] = layer.bias[1] = 0
+        x = randn(4, 3, 2, 3, dtype=F64, grad=True)
+        every = x, layer.weight, layer.bias
+        grads = torch.autograd.grad((layer(x) + 1).pow(3).sum(), every, create_graph=True)
+        found.append(torch.autograd.grad(sum((g + 1).pow(2).sum() for g in grads), every))
+    assert all(near(a, b, 2**24) for a, b in zip(*found, strict=True))
+    assert not found[0][1][1]
+
+
 def by_formulas(x, weight, bias, eps):
     """Batch normalisation in training, of operators whose derivatives of any order nobody doubts."""
     centred = x - x.mean((0, 2, 3), keepdim=True)

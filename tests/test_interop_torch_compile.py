@@ -256,6 +256,13 @@ def test_no_result_of_an_operator_shares_memory(name):
             assert start + size <= other or other + length <= start
 
 
+def test_only_y_can_be_differentiated():
+    """A loss of the statistics that the operator returns beside it is an error, not a gradient of 0."""
+    y, *rest = torch.ops.fastbn.batch_norm.default(*dict(operator_cases())["all, contiguous"])
+    assert y.requires_grad
+    assert not any(t.requires_grad for t in rest)
+
+
 @pytest.mark.parametrize("name", [name for name, _ in operator_cases()])
 def test_opcheck_of_the_backward_operator(name):
     args = dict(operator_cases())[name]

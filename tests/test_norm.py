@@ -29,6 +29,7 @@ from strategies import (
 )
 
 from fastbn import Gradients, Moments, batch_norm_backward, batch_norm_infer, batch_norm_train
+from fastbn.norm import backward_sums, input_gradient
 
 
 @contextmanager
@@ -569,6 +570,21 @@ def test_relu_is_the_plain_result_cut_at_0(p):
     assert_within(ours.dx, reference.wide(theirs.dx), 2 * bound.dx)
     assert_within(ours.dgamma, reference.wide(theirs.dgamma), 2 * bound.dgamma)
     assert_within(ours.dbeta, reference.wide(theirs.dbeta), 2 * bound.dbeta)
+
+
+@given(problems(dense=True))
+def test_the_two_halves_of_a_backward_pass_are_the_whole(p):
+    """What a batch in several parts needs: sums first, dx from the sums of all parts."""
+    _, saved = batch_norm_train(p.x, p.gamma, p.beta, **p.options)
+    whole = batch_norm_backward(p.dy, saved, num_threads=p.num_threads)
+    dgamma, dbeta, dresidual = backward_sums(p.dy, saved, p.num_threads)
+    dx = input_gradient(p.dy, saved, dgamma, dbeta, dresidual, num_threads=p.num_threads)
+    assert bits(dgamma.astype(whole.dgamma.dtype)) == bits(whole.dgamma)
+    assert bits(dbeta.astype(whole.dbeta.dtype)) == bits(whole.dbeta)
+    assert bits(dx) == bits(whole.dx)
+    assert (dresidual is None) == (p.residual is None)
+    if dresidual is not None:
+        assert bits(dresidual) == bits(whole.dresidual)
 
 
 # ---- gradients by finite differences ------------------------------------------------------------------------------

@@ -19,7 +19,11 @@ def forward(
     mean: _Channels, var: _Channels, rstd: _Channels, relu: bool, bits: _Bits | None, threads: int,
 ) -> None: ...
 def backward(
+    dy: _Data, x: _Data, dx: _Data | None, gamma: _Channels | None, beta: _Channels | None, mean: _Channels,
+    rstd: _Channels, dgamma: _Channels, dbeta: _Channels, relu: bool, frozen: bool, bits: _Bits | None,
+    masked: _Data | None, threads: int,
+) -> None: ...
+def input_gradient(
     dy: _Data, x: _Data, dx: _Data, gamma: _Channels | None, beta: _Channels | None, mean: _Channels, rstd: _Channels,
-    dgamma: _Channels, dbeta: _Channels, relu: bool, frozen: bool, bits: _Bits | None, masked: _Data | None,
-    threads: int,
+    dgamma_mean: _Channels, dbeta_mean: _Channels, relu: bool, frozen: bool, threads: int,
 ) -> None: ...

@@ -93,6 +93,7 @@ cdef Py_ssize_t SHORT_RUN = layout.SHORT_RUN
 # Not part of it
 cdef enum:
     AHEAD = 1024        # bytes that the writing passes fetch ahead: 512 to 4,096 were alike
+    STREAM_FROM = 1024  # bytes of a row whose first and last cache lines belong to others too
 cdef Py_ssize_t L2_BYTES = L2
 cdef Py_ssize_t L3_BYTES = L3
 
@@ -286,16 +287,18 @@ cdef inline int is_contiguous(const Job* job, const View* v) noexcept nogil:
 
 
 cdef void choose_paths(Job* job) noexcept nogil:
-    # Write past the cache what would not stay in it anyway, never where input and output are one array, nor where runs
-    # share cache lines. Fetch the next channel while one is summed: that pass is bound by arithmetic, the writing one
-    # by memory (measured: 1.15× faster than fetching while writing).
+    # Write past the cache what would not stay in it anyway, never where input and output are one array, nor short rows
+    # that share cache lines with their neighbours, for such lines are written plainly. Fetch the next channel while one
+    # is summed: that pass is bound by arithmetic, the writing one by memory (measured: 1.15× faster than fetching while
+    # writing).
     cdef Py_ssize_t size = job.x.n * job.x.c * job.x.s * job.spans.itemsize
-    cdef Py_ssize_t run = job.x.s * job.spans.itemsize * (job.tile if job.by_columns else 1)
+    cdef Py_ssize_t row = job.x.s * job.spans.itemsize * (job.tile * job.side if job.by_columns else 1)
+    cdef Py_ssize_t apart = job.out.n_stride * job.side | (0 if job.by_columns else job.out.c_stride)
     cdef Py_ssize_t channel = job.x.n * job.x.s * job.spans.itemsize * (2 if job.dy.data != NULL else 1)
     cdef Py_ssize_t tensors = 2 if job.dy.data == NULL else 3
     job.stream = (tensors * size >= L3_BYTES and job.out.data != job.x.data and job.out.data != job.dy.data
                   and job.out.data != job.incoming.data
-                  and (run >= 4096 or run % LINE == 0 or job.x.s == 1))
+                  and (row >= STREAM_FROM or (row | apart | <Py_ssize_t> job.out.data) % LINE == 0))
     job.prefetch = not job.by_columns and channel <= L2_BYTES
 
 
@@ -642,16 +645,11 @@ def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu,
 
 
 def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint frozen, bits, masked, int threads):
-    """IN dy, x; gamma, beta or None, mean, rstd: float64 (c,); bits or None · OUT dx, may be dy; dgamma, dbeta: float64
-    (c,); with bits, masked: dy where they are set, and zeros."""
+    """IN dy, x; gamma, beta or None, mean, rstd: float64 (c,); bits or None · OUT dx or None, may be dy; dgamma, dbeta:
+    float64 (c,); with bits, masked: dy where they are set, and zeros."""
     cdef Job job
     _scratch = lay_out(&job, x, threads)
-    job.dy = view_of(dy)
-    job.out = view_of(dx)
-    job.gamma = vector(gamma)
-    job.beta = vector(beta)
-    job.mean = vector(mean)
-    job.rstd = vector(rstd)
+    use_gradients(&job, dy, dx, gamma, beta, mean, rstd)
     job.dgamma = vector(dgamma)
     job.dbeta = vector(dbeta)
     job.relu = relu
@@ -663,6 +661,29 @@ def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint 
     with nogil:
         choose_paths(&job)
         sum_and_write(&job)
+
+
+def input_gradient(dy, x, dx, gamma, beta, mean, rstd, dgamma_mean, dbeta_mean, bint relu, bint frozen, int threads):
+    """IN dy, x; gamma, beta or None, mean, rstd, dgamma_mean, dbeta_mean: float64 (c,) · OUT dx, may be dy."""
+    cdef Job job
+    _scratch = lay_out(&job, x, threads, False)
+    use_gradients(&job, dy, dx, gamma, beta, mean, rstd)
+    job.dgamma_mean = vector(dgamma_mean)
+    job.dbeta_mean = vector(dbeta_mean)
+    job.relu = relu
+    job.frozen = frozen
+    with nogil:
+        choose_paths(&job)
+        write_all(&job)
+
+
+cdef void use_gradients(Job* job, object dy, object dx, object gamma, object beta, object mean, object rstd) noexcept:
+    job.dy = view_of(dy)
+    job.out = view_of(dx)
+    job.gamma = vector(gamma)
+    job.beta = vector(beta)
+    job.mean = vector(mean)
+    job.rstd = vector(rstd)
 
 
 cdef void copy_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:

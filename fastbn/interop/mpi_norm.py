@@ -6,14 +6,13 @@ while messages are under way, and nothing has changed on any rank when an error 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 
 from .._core import check
 from ..layer import BatchNorm
-from ..norm import Moments, Saved, batch_norm_backward, batch_norm_infer, infer
+from ..norm import Moments, Saved, backward_sums, infer, input_gradient
 from .mpi_exchange import Group
 
 __all__ = ["backward", "forward", "merge_moments", "move", "pack_moments", "unpack_moments"]
@@ -87,53 +86,14 @@ def backward(
             raise ValueError("backward: expected a call of the layer before it, got none")
         if saved.x is None:
             raise ValueError("saved: expected the input of the forward pass, but out=x overwrote it")
-        x, dtype, c = saved.x, saved.x.dtype, bn.num_features
-        dy = check.like("dy", given := dy, x.shape, dtype)
+        dtype, c = saved.x.dtype, bn.num_features
+        check.like("dy", dy, saved.x.shape, dtype)
         if out is not None:
-            check.output(out, x.shape, dtype, ("dy", given), x=x)
-        wide = dtype if saved.frozen else _wide_enough(saved.rstd, dtype)
-        local = copy.copy(saved)
-        local.frozen, local.param_dtype = True, check.FLOAT64  # dx = γ·rstd·dy, and float64 sums
-        if wide != dtype:
-            if saved.relu and saved.bits is None:
-                dy, local.relu = _through_relu(dy, saved, bn.eps), False
-            x, dy = x.astype(wide), dy.astype(wide)
-            local.x = x
-        gradients = batch_norm_backward(dy, local, num_threads=num_threads)
-        sums = np.concatenate([gradients.dgamma, gradients.dbeta])
-        dgamma, dbeta = group.reduce(f"backward of {c} channels of {dtype}", sums).reshape(2, c)
-
-    dx = gradients.dx
-    if not saved.frozen:
-        # γ·rstd·(dy - dβ/m - x̂·dγ/m): the first term is there, the others are an affine function of x
-        with np.errstate(all="ignore"):
-            scale = -(saved.rstd if saved.gamma is None else saved.gamma * saved.rstd) / max(saved.count, 1)
-            dx = batch_norm_infer(
-                x, saved.mean, saved.var, scale * dgamma, scale * dbeta, axis=saved.axis, eps=bn.eps, residual=dx,
-                out=out if dx.dtype == dtype else None, num_threads=num_threads,
-            )  # fmt: skip
-    with np.errstate(all="ignore"):
-        if out is None:
-            dx = dx.astype(dtype, copy=False)
-        elif dx is not out:
-            out[...] = dx
-            dx = out
+            check.output(out, saved.x.shape, dtype, ("dy", dy), x=saved.x)
+        *sums, dresidual = backward_sums(dy, saved, num_threads)
+        dgamma, dbeta = group.reduce(f"backward of {c} channels of {dtype}", np.concatenate(sums)).reshape(2, c)
+    dx = input_gradient(dy, saved, dgamma, dbeta, dresidual, out, num_threads)
     if bn.affine:
         bn.grad_gamma, bn.grad_beta = dgamma.astype(saved.param_dtype), dbeta.astype(saved.param_dtype)
-    bn.grad_residual = None if gradients.dresidual is None else gradients.dresidual.astype(dtype, copy=False)
+    bn.grad_residual = dresidual
     return dx
-
-
-def _wide_enough(rstd: np.ndarray, dtype: np.dtype) -> np.dtype:
-    """Return the dtype in which dx can be added up from γ·rstd·dy and the rest.
-
-    A half type would round twice, and γ·rstd²·dγ/m leaves the range of float32 where x is about 10³⁰.
-    """
-    ordinary = (rstd > 1e-12) & (rstd < 1e12) | np.isnan(rstd)
-    return check.real(dtype) if ordinary.all() else check.FLOAT64
-
-
-def _through_relu(dy: np.ndarray, saved: Saved, eps: float) -> np.ndarray:
-    """Return dy with 0 where ReLU gave 0: where y, as the forward pass rounded it, was not above 0."""
-    y = batch_norm_infer(saved.x, saved.mean, saved.var, saved.gamma, saved.beta, axis=saved.axis, eps=eps)
-    return np.where(y <= 0, dy.dtype.type(0), dy)

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     text = 'fastbn.interop.torch needs torch: pip install "fastbn[torch]"'
     raise ModuleNotFoundError(text, name="torch") from error
 
-# from . import optim
+from . import optim
 from .conversion import ConvertReport, convert
 from .files import load, load_state_dict, save, save_state_dict
 from .folding import fold
@@ -37,7 +37,7 @@ __all__ = [
     "from_state_dict",
     "load",
     "load_state_dict",
-    # "optim",
+    "optim",
     "save",
     "save_state_dict",
     "to_state_dict",
