@@ -96,26 +96,20 @@ def batch_norm(
 
 def _refused(x: Tensor, given: tuple[Tensor | None, ...], training: bool, eps: float) -> str:
     """Say why the kernels do not take these tensors ("" where they do); what is wrong, PyTorch refuses itself."""
-    named = dict(zip(("input", "running_mean", "running_var", "weight", "bias"), (x, *given), strict=True))
-    for name, tensor in named.items():
-        if tensor is None and name != "input":
-            continue
-        if not isinstance(tensor, Tensor):
-            return f"{name} of type {type(tensor).__name__}"
-        if tensor.device.type not in ("cpu", "meta") or tensor.device != x.device:
-            return f"{name} on {tensor.device}"
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-            return f"{name} of {tensor.dtype}, {tensor.layout}"
-        if tensor.dtype != x.dtype and not (tensor.dtype == torch.float32 and x.dtype in HALVES):
-            return f"{name} of {tensor.dtype} for an input of {x.dtype}"
-        if tensor is not x and (tensor.ndim != 1 or x.ndim < 2 or tensor.shape[0] != x.shape[1]):
-            return f"{name} of another shape than (C,)"
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return "what runs under torch.func, or in forward mode,"
+    if reason := _unfit(x, "input"):
+        return reason
     if x.ndim < 2 or x.shape[1] == 0:
         return "input without channels, or with fewer than two axes"
+    dtype, device, shape = x.dtype, x.device, x.shape[1:2]
+    for name, tensor in zip(("running_mean", "running_var", "weight", "bias"), given, strict=True):
+        if tensor is None:
+            continue
+        if reason := _unfit(tensor, name):
+            return reason
+        if tensor.dtype != dtype and not (tensor.dtype == torch.float32 and dtype in HALVES):
+            return f"{name} of {tensor.dtype} for an input of {dtype}"
+        if tensor.device != device or tensor.shape != shape:
+            return f"{name} on another device than the input, or of another shape than (C,)"
     if eps <= 0:
         return "eps of 0 or less"
     mean, var = given[:2]
@@ -124,6 +118,20 @@ def _refused(x: Tensor, given: tuple[Tensor | None, ...], training: bool, eps: f
     for statistic in (mean, var):
         if statistic is not None and (statistic.requires_grad or (statistic.stride(0) == 0 and len(statistic) > 1)):
             return "running statistics that require gradients or share memory among them"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return "what runs under torch.func, or in forward mode,"
+    return ""
+
+
+def _unfit(tensor: Tensor, name: str) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"{name} of type {type(tensor).__name__}"
+    if tensor.device.type not in ("cpu", "meta"):
+        return f"{name} on {tensor.device}"
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        return f"{name} of {tensor.dtype}, {tensor.layout}"
     return ""
 
 
@@ -144,18 +152,21 @@ class FastBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _normalize(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        tracked: Any = self.num_batches_tracked
-        tracks = self.training and self.track_running_stats and tracked is not None
-        momentum: Any = self.momentum
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum
+        training, tracked = self.training, None
+        if not training:
+            training = mean is None and var is None  # without running statistics, those of the batch
+        elif self.track_running_stats:
+            tracked = self.num_batches_tracked
+        else:
+            mean = var = None
+        weight: Any = momentum
         if momentum is None:  # the average of all batches so far; as a tensor, which the compiler can follow
-            momentum = 1 / (tracked + 1).double() if tracks else 0.0
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        keeps = not self.training or self.track_running_stats
+            weight = 0.0 if tracked is None else 1 / (tracked + 1).double()
         y = batch_norm(
-            input, self.running_mean if keeps else None, self.running_var if keeps else None, self.weight, self.bias,
-            training, momentum, self.eps, relu=relu, residual=residual,
-        )  # fmt: skip
-        if tracks:
+            input, mean, var, self.weight, self.bias, training, weight, self.eps, relu=relu, residual=residual
+        )
+        if tracked is not None:
             tracked.add_(1)
         return y
 
