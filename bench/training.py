@@ -55,14 +55,14 @@ class Network(NamedTuple):
     size: int  # of the square images
     width: int = 64
     classes: int = 1000
-    steps: int = 20  # of the loss curve
+    steps: int = 20  # of the loss curve, which has
+    curve: tuple[int, int] = (16, 128)  # a batch and a size of its own: PyTorch's float64 convolutions are slow
 
 
 NETWORKS = (
-    Network("ResNet-18", (2, 2, 2, 2), bottleneck=False, batch=16, size=128),
-    Network("ResNet-50", (3, 4, 6, 3), bottleneck=True, batch=8, size=128),
+    Network("ResNet-18", (2, 2, 2, 2), bottleneck=False, batch=32, size=224),
 )
-QUICK = Network("tiny", (1, 1), bottleneck=True, batch=4, size=32, width=8, classes=10, steps=4)
+QUICK = Network("tiny", (1, 1), bottleneck=True, batch=4, size=32, width=8, classes=10, steps=4, curve=(4, 32))
 
 
 class Block(nn.Module):
@@ -286,6 +286,8 @@ def set_threads(threads: int) -> None:
 
 def curves(network: Network, progress: Progress) -> tuple[list[float], dict[tuple[str, str], list[float]]]:
     """Return the losses in float64, and {(layout, variant): losses}; "nudged" is PyTorch on images an ulp away."""
+    batch, size = network.curve
+    network = network._replace(batch=batch, size=size)
     with progress.step(f"{network.name}: losses, float64"):
         truth = curve(network, PYTORCH, "channels first", dtype=torch.float64)
     found = {}
@@ -322,7 +324,8 @@ def main(
                 seconds = times(network, layout, rounds)
             rows = results_of(layout, seconds, memory, truth, losses)
             images = f"{network.batch} images of {network.size}×{network.size}, {layout}"
-            learned = f"loss {truth[0]:.3f} → {truth[-1]:.3f} in {network.steps} steps"
+            batch, size = network.curve
+            learned = f"loss {truth[0]:.3f} → {truth[-1]:.3f} in {network.steps} steps of {batch} of {size}×{size}"
             print(f"\n{network.name}, {images}; {learned}\n")
             _show(rows, markdown)
             results.append({"network": network._asdict(), "layout": layout, "float64": truth, "variants": rows})

@@ -52,9 +52,12 @@ def test_kinds_start_alike():
     assert all(torch.equal(plain[key], other[key]) for other in (converted, fused) for key in plain)
 
 
-@pytest.mark.parametrize("network", training.NETWORKS, ids=lambda network: network.name)
+RESNET50 = training.Network("ResNet-50", (3, 4, 6, 3), bottleneck=True, batch=1, size=224)
+
+
+@pytest.mark.parametrize("network", [*training.NETWORKS, RESNET50], ids=lambda network: network.name)
 def test_networks_are_those_of_the_paper(network):
-    parameters = {"ResNet-18": 11_689_512, "ResNet-50": 25_557_032}[network.name]
+    parameters = 25_557_032 if network.bottleneck else 11_689_512
     with torch.device("meta"):
         model = training.ResNet(network, "plain")
         assert sum(p.numel() for p in model.parameters()) == parameters

@@ -388,11 +388,13 @@ def test_a_missing_mpi4py_is_named():
     assert process.stdout.strip() == 'fastbn.interop.mpi needs mpi4py: pip install "fastbn[mpi]"'
 
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL))
-def test_the_code_of_the_document_runs(block, tmp_path):
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "mpi4py" in block])
+def test_the_code_of_the_documents_runs(block, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(block)
     output, code = launch(2, "-m", "mpi4py", str(script))
