@@ -190,7 +190,5 @@ def together(comm: MPI.Comm) -> Iterator[None]:
     ...     x = load(files[comm.rank])                                                             # doctest: +SKIP
     ...     y = bn(x)                                                                              # doctest: +SKIP
     """
-    group = group_of(comm)
-    with group.guard():
+    with group_of(comm).block():
         yield
-        group.reduce("the end of together", np.empty(0))

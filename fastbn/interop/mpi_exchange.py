@@ -23,8 +23,8 @@ __all__ = ["Group", "RankError", "group_of"]
 
 _DATA, _DIFFER, _FAILED = range(3)  # what is worse goes on
 _NOTHING = np.empty(0, np.uint8)
-_HEAD = struct.Struct("=3q")  # kind, rank, length of the text
-
+_HEAD = struct.Struct("=4q")  # kind, rank, place, length of the text
+_INSIDE = 1 << 62  # the place of an exchange that is not the end of a block
 
 Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -42,10 +42,15 @@ class _Message(NamedTuple):
     rank: int  # the first of those it comes from, or of those that failed
     text: bytes  # what the data are, or what went wrong
     data: np.ndarray  # bytes; none with an error
+    place: int = _INSIDE  # how deep in blocks its sender is at the end of one; of several, the deepest
 
 
 class Group:
     """The ranks of a communicator on which nobody else sends messages."""
+
+    _depth = 0  # of blocks
+    _told: BaseException | None = None  # the error that all ranks have got
+    _broken = False  # an exchange ended half-way: there can be no other one
 
     def __init__(self, comm: MPI.Comm) -> None:
         self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
@@ -80,27 +85,68 @@ class Group:
         result = self._tree(_Message(_DATA, self.rank, what.encode(), part.view(np.uint8)), combine_bytes)
         if result.kind == _DATA:
             return result.data.view(dtype)
-        text = result.text.decode()
-        raise _told(RankError(result.rank, text) if result.kind == _FAILED else ValueError(text))
+        self._told = _error_of(result)
+        raise self._told
 
     def fail(self, error: BaseException) -> None:
         """Take part in the next exchange, whichever it is, with an error, which all ranks get then."""
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        self._tree(_Message(_FAILED, self.rank, text.encode(errors="replace"), _NOTHING))
-        _told(error)
+        self._told = error
+        self._tree(_Message(_FAILED, self.rank, _text_of(error), _NOTHING))
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Tell the other ranks of what is raised in the block, unless an exchange has done so."""
+        """Tell the other ranks of what is raised in the block, unless an exchange has done so.
+
+        For a block that makes an exchange, and whose errors come before or from it.
+        """
+        self._told = None
         try:
             yield
         except BaseException as error:
-            if not _is_told(error):
+            if error is not self._told and not self._broken:
                 self.fail(error)
             raise
 
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Meet the other ranks at the end of the block, whatever has been raised in it, here or there."""
+        self._depth += 1
+        try:
+            try:
+                yield
+            except BaseException as error:
+                if not self._broken:
+                    self._end(_Message(_FAILED, self.rank, _text_of(error), _NOTHING, self._depth))
+                raise
+            result = self._end(_Message(_DATA, self.rank, b"the end of together", _NOTHING, self._depth))
+            if result.kind != _DATA:
+                raise _error_of(result)
+        finally:
+            self._depth -= 1
+
+    def _end(self, mine: _Message) -> _Message:
+        """Exchange until no rank is deeper inside; return the first of the results that is an error, or the last.
+
+        A rank that has raised is here early. In the exchange that the others are at then they get its error; it waits
+        for them to come, too, so that all have made equally many exchanges when they leave.
+        """
+        first = result = self._tree(mine)
+        while result.place > self._depth:
+            result = self._tree(mine)
+            first = result if first.kind == _DATA else first
+        return first
+
     def _tree(self, mine: _Message, combine: Combine = np.add) -> _Message:
-        """Return the messages of all ranks as one: recursive doubling over a power of two of them.
+        """Return the messages of all ranks as one, by :meth:`_doubling`; what interrupts that breaks the group."""
+        if self._broken:
+            raise RuntimeError("comm: expected exchanges that ended, got one that was interrupted: start again")
+        self._broken = True
+        result = self._doubling(mine, combine)
+        self._broken = False
+        return result
+
+    def _doubling(self, mine: _Message, combine: Combine) -> _Message:
+        """Recursive doubling over a power of two of the ranks.
 
         Of the others, extra in number, each gives its part to the rank before it and gets the result from there; that
         is so among the first 2·extra ranks, so that what is combined is always neighbours.
@@ -128,7 +174,7 @@ class Group:
 
     def _post(self, message: _Message, rank: int) -> MPI.Request:
         text = message.text + bytes(-len(message.text) % 8)  # so that data are aligned
-        head = np.frombuffer(_HEAD.pack(message.kind, message.rank, len(message.text)) + text, np.uint8)
+        head = np.frombuffer(_HEAD.pack(message.kind, message.rank, message.place, len(message.text)) + text, np.uint8)
         return self._comm.Isend(np.concatenate([head, message.data]), rank)
 
     def _receive(self, rank: int) -> _Message:
@@ -136,9 +182,9 @@ class Group:
         incoming = self._comm.Mprobe(rank, 0, status)  # its length first: an error may come in place of data
         buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
         incoming.Recv(buffer)
-        kind, first, length = _HEAD.unpack_from(buffer.data)
+        kind, first, place, length = _HEAD.unpack_from(buffer.data)
         data = _HEAD.size + length + -length % 8
-        return _Message(kind, first, buffer[_HEAD.size : _HEAD.size + length].tobytes(), buffer[data:])
+        return _Message(kind, first, buffer[_HEAD.size : _HEAD.size + length].tobytes(), buffer[data:], place)
 
 
 def group_of(comm: MPI.Comm) -> Group:
@@ -164,24 +210,28 @@ def _key() -> int:
 
 def _meet(low: _Message, high: _Message, combine: Combine) -> _Message:
     """Return two messages as one, that of the lower ranks first."""
-    if low.kind == high.kind == _DATA:
-        if low.text == high.text:
-            return low._replace(data=combine(low.data, high.data))
+    place = max(low.place, high.place)
+    if not low.kind == high.kind == _DATA:
+        return (high if high.kind > low.kind else low)._replace(place=place)
+    if low.text != high.text:
         text = b"ranks differ: rank %d: %b; rank %d: %b" % (low.rank, low.text, high.rank, high.text)
-        return _Message(_DIFFER, low.rank, text, _NOTHING)
-    return high if high.kind > low.kind else low
+        return _Message(_DIFFER, low.rank, text, _NOTHING, place)
+    try:
+        with np.errstate(all="ignore"):
+            return low._replace(data=combine(low.data, high.data), place=place)
+    except Exception as error:  # such as no memory; the others wait for an answer
+        return _Message(_FAILED, low.rank, _text_of(error), _NOTHING, place)
 
 
-def _told(error: BaseException) -> BaseException:
-    """Mark an error that all ranks have got; return it."""
-    error._fastbn_told = True  # type: ignore[attr-defined]
-    return error
+def _error_of(message: _Message) -> Exception:
+    text = message.text.decode(errors="replace")
+    return RankError(message.rank, text) if message.kind == _FAILED else ValueError(text)
 
 
-def _is_told(error: BaseException | None) -> bool:
-    """Say whether all ranks have got an error, or one that it was raised from."""
-    while error is not None:
-        if hasattr(error, "_fastbn_told"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _text_of(error: BaseException) -> bytes:
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # an error whose text is one
+        text = ""
+    return (f"{name}: {text}" if text else name).encode(errors="replace")
