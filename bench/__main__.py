@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["FASTBN_ISA"] = options.isa  # before fastbn is imported
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if not any(Path("fastbn", "_core").glob("_kernels_*")):  # not built in place: the installed one is meant
-        sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path.cwd()]
+        here = [folder for folder in sys.path if Path(folder).resolve() == Path.cwd()]
+        sys.path = [folder for folder in sys.path if folder not in here] + here  # where other processes find bench
     try:
         import fastbn
     except ImportError as error:

@@ -40,17 +40,17 @@ def main(
     return 0
 
 
-def _load(block_id: tuple[int, ...]) -> np.ndarray:
+def _load(seed: int, block_id: tuple[int, ...]) -> np.ndarray:
     """Return a chunk; cheap to make, as if it were read."""
-    chunk = np.random.default_rng(block_id).random((ROWS, FEATURES), np.float32)
+    chunk = np.random.default_rng((seed, *block_id)).random((ROWS, FEATURES), np.float32)
     chunk += 1000
     return chunk
 
 
-def _array(chunks: int) -> Any:
+def _array(chunks: int, seed: int = 0) -> Any:
     import dask.array as da
 
-    return da.map_blocks(_load, chunks=((ROWS,) * chunks, (FEATURES,)), meta=np.empty((0, 0), np.float32))
+    return da.map_blocks(_load, seed, chunks=((ROWS,) * chunks, (FEATURES,)), meta=np.empty((0, 0), np.float32))
 
 
 def _peak() -> int:
@@ -97,7 +97,8 @@ def _cluster(workers: int, rounds: int, chunks: int, markdown: bool) -> list[dic
         ) as cluster, Client(cluster) as client:  # fmt: skip
             way(_array(2 * workers))  # what is imported at the first task is no growth
             before, seconds = client.run(_peak), []
-            for _ in range(rounds):
+            for seed in range(rounds):
+                x = _array(chunks, seed)  # the scheduler may still hold results of the last one
                 start = time.perf_counter()
                 way(x)
                 seconds.append(time.perf_counter() - start)

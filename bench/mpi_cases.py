@@ -133,8 +133,8 @@ def measure(rounds: int, quick: bool) -> dict[str, Any]:
         bn = BatchNorm(shape[1], activation="relu")
 
         def step(over: Any, bn: Any = bn, x: Any = x, dy: Any = dy) -> None:
-            _, saved = mpi_norm.forward(bn, over, x)
-            mpi_norm.backward(bn, over, saved, dy)
+            _, saved = mpi_norm.forward(bn, over, 0, x)
+            mpi_norm.backward(bn, over, 0, saved, dy)
 
         def plain(bn: Any = bn, x: Any = x, dy: Any = dy) -> None:
             bn(x)
@@ -188,14 +188,12 @@ def main(
 
 def _launch(command: list[str], threads: int, rounds: int, quick: bool) -> dict[str, Any]:
     """Return what `measure` returned on these ranks."""
-    import fastbn
-
-    paths = [str(Path(__file__).parents[1]), str(Path(fastbn.__file__).parents[1])]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMP_NUM_THREADS": str(threads), "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }  # fmt: skip
-    program = f"from bench import mpi_cases; mpi_cases.report_from_rank_0({rounds}, {quick})"
+    program = f"import sys; sys.path[:] = {sys.path!r}; from bench import mpi_cases as m; "
+    program += f"m.report_from_rank_0({rounds}, {quick})"
     process = subprocess.run(
         [*command, sys.executable, "-m", "mpi4py", "-c", program], env=environment, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=TIME_LIMIT, check=False,

@@ -34,7 +34,7 @@ def _threads():
 def norms(kind):
     found = {}
     for module in training.build(QUICK, kind).modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
             found[type(module)] = found.get(type(module), 0) + 1
     return found
 

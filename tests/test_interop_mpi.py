@@ -233,8 +233,8 @@ def test_ranks_keep_the_bounds_of_the_whole_batch(case, activation, with_residua
     def work(group):
         bn, own = fastbn.BatchNorm(c, axis=axis, activation=activation), mine[group.rank]
         bn.gamma[...], bn.beta[...] = gamma, beta
-        y, saved = mpi_norm.forward(bn, group, x[own], None if residual is None else residual[own], None, 1)
-        dx = mpi_norm.backward(bn, group, saved, dy[own], None, 1)
+        y, saved = mpi_norm.forward(bn, group, 1, x[own], None if residual is None else residual[own], None, 1)
+        dx = mpi_norm.backward(bn, group, 1, saved, dy[own], None, 1)
         mpi_norm.move(bn, saved)
         return y, dx, bn.grad_residual, bn.grad_gamma, bn.grad_beta, bn.running_mean, bn.running_var
 
@@ -325,8 +325,8 @@ def test_programs_end_well(program):
     assert "exit code 0 " in outcome(program, 2)[1]
 
 
-def test_an_error_outside_of_together_aborts_all_with_mpi4pys_runner(tmp_path):
-    """As the documentation of `together` says; without the runner the other rank would wait."""
+@pytest.mark.parametrize("runner", [[], ["-m", "mpi4py"]], ids=["python", "mpi4py"])
+def test_an_error_outside_of_together_ends_all(tmp_path, runner):
     script = tmp_path / "script.py"
     script.write_text(
         "from mpi4py import MPI\n"
@@ -337,7 +337,7 @@ def test_an_error_outside_of_together_aborts_all_with_mpi4pys_runner(tmp_path):
         "    raise OSError('no data')\n"
         "bn(np.ones((2, 2)))\n"
     )
-    output, code = launch(2, "-m", "mpi4py", str(script))
+    output, code = launch(2, *runner, str(script), time_limit=30)
     assert code not in (0, None), output
     assert "no data" in output
 

@@ -944,3 +944,49 @@ def test_what_is_not_fitted_does_not_predict():
     for model in BatchNormMLPClassifier(), BatchNormMLPRegressor():
         with pytest.raises(NotFittedError, match="not fitted yet"):
             model.predict(POINTS)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [({"with_std": False}, {"with_std": True}), ({"with_std": False, "with_mean": False}, {"with_mean": True})],
+)
+def test_statistics_that_were_not_kept_cannot_be_added_to(first, then):
+    scaler = Standardizer(**first).partial_fit([[1.0], [3.0]]).set_params(**then)
+    with pytest.raises(ValueError, match="with_mean, with_std: expected what they were in the first call"):
+        scaler.partial_fit([[5.0], [7.0]])
+
+
+def test_a_variance_beyond_float64_is_refused():
+    scaler = Standardizer().fit([[1.0], [3.0]])
+    with pytest.raises(ValueError, match=r"got larger ones in features \[0\]"):
+        scaler.fit([[1e300], [-1e300], [0.0]])
+    assert scaler.mean_ == 2
+
+
+def test_parameters_are_checked():
+    with pytest.raises(ValueError, match="with_mean"):
+        Standardizer(with_mean="x").fit([[1.0], [2.0]])
+
+
+def test_a_warm_start_goes_on_with_the_same_network_only():
+    X, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = BatchNormMLPClassifier((5,), max_iter=2, warm_start=True).fit(X, y)
+        before = model.predict_proba(X)
+        model.set_params(hidden_layer_sizes=(4, 4))
+        with pytest.raises(ValueError, match=r"expected \(\[5\], 'relu'\) as in the first call, got \(\[4, 4\], "):
+            model.fit(X, y)
+    assert np.array_equal(model.predict_proba(X), before)
+
+
+@pytest.mark.parametrize("kind", [Standardizer, BatchNormMLPRegressor])
+def test_a_refused_fit_leaves_the_features_of_the_last_one(kind):
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = (kind() if kind is Standardizer else kind(max_iter=2)).fit(X, X[:, 0])
+        with pytest.raises(ValueError, match="inf"):
+            model.fit(np.full((40, 5), np.inf), X[:, 0])
+    assert model.n_features_in_ == 3
+    (model.transform if kind is Standardizer else model.predict)(X)

@@ -577,7 +577,7 @@ def test_a_layer_is_where_and_what_pytorchs_is(kind):
     theirs = getattr(nn, kind.__name__)(3, 1e-3, None, True, False)
     ours = kind(3, 1e-3, None, True, False)
     assert ours.extra_repr() == theirs.extra_repr()
-    assert repr(ours) == repr(theirs)
+    assert repr(ours) == "fastbn." + repr(theirs)
     sync = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(kind(3)))
     assert type(sync[0]) is nn.SyncBatchNorm
 

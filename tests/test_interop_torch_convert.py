@@ -81,7 +81,7 @@ def test_tensors_modules_and_modes_stay_the_same_objects():
         assert old.keys() == new.keys()
         assert all(old[name] is new[name] for name in old)
     assert {name: m.training for name, m in model.named_modules()} == modes
-    assert repr(model) == text
+    assert repr(model).replace("fastbn.", "") == text
     assert model[1].note == "kept"
     assert not model[1].weight.requires_grad
 
@@ -327,3 +327,11 @@ def test_without_torch_the_import_says_what_to_install():
 
 def test_fastbn_itself_does_not_import_torch():
     run_python('import sys, fastbn; assert "torch" not in sys.modules')
+
+
+def test_what_replaces_pytorchs_batchnorms_does_not_lose_a_relu():
+    """Tools that look for _BatchNorm put a plain one in its place."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormReLU(4), nn.BatchNorm2d(4))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is BatchNormReLU
+    assert type(model[2]) is nn.SyncBatchNorm

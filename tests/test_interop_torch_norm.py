@@ -731,8 +731,6 @@ def test_another_number_of_channels_is_refused(ndim, training):
         (torch.ones(4, 3, 6), ["residual", "(4, 3, 5)", "(4, 3, 6)"]),
         (torch.ones(4, 3), ["residual", "(4, 3, 5)", "(4, 3)"]),
         (torch.ones(1, 3, 1), ["residual", "(4, 3, 5)", "(1, 3, 1)"]),
-        (torch.ones(4, 3, 5, dtype=torch.float64), ["residual", "float32", "float64"]),
-        (torch.ones(4, 3, 5, dtype=torch.int64), ["residual", "float32", "int64"]),
         (np.ones((4, 3, 5), np.float32), ["residual", "ndarray"]),
         (2.0, ["residual", "float"]),
     ],
@@ -740,6 +738,15 @@ def test_another_number_of_channels_is_refused(ndim, training):
 def test_a_residual_that_does_not_fit_is_refused(residual, words, training):
     bn = filled(BatchNormAddReLU(3)).train(training)
     refused(bn, lambda: bn(randn(4, 3, 5), residual), (RuntimeError, ValueError, TypeError), *words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_residual_of_another_dtype_is_promoted_as_by_pytorch(dtype):
+    x, residual = randn(4, 3, 5), randn(4, 3, 5).to(dtype)
+    y = filled(BatchNormAddReLU(3))(x, residual)
+    expected = torch.relu(filled(BatchNorm1d(3))(x) + residual)
+    assert y.dtype == expected.dtype
+    assert torch.equal(y, expected)
 
 
 def test_one_running_statistic_without_the_other_is_refused():

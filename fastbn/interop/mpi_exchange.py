@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
+from mpi4py.run import set_abort_status
+
+from ..nn.training import interrupt_deferred
 
 __all__ = ["Group", "RankError", "group_of"]
 
@@ -50,6 +55,7 @@ class Group:
 
     _depth = 0  # of blocks
     _told: BaseException | None = None  # the error that all ranks have got
+    _layers = 0  # made so far
     _broken = False  # an exchange ended half-way: there can be no other one
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -57,6 +63,14 @@ class Group:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Group:
         return self  # a copied layer talks to the same ranks
+
+    def __reduce__(self) -> str:
+        raise TypeError("pickle: expected what belongs to no process: save state_dict(), and load it into a new layer")
+
+    def next_number(self) -> int:
+        """Return a number that tells layers apart which all ranks make in the same order."""
+        self._layers += 1
+        return self._layers
 
     def reduce(self, what: str, part: np.ndarray, combine: Combine = np.add) -> np.ndarray:
         """Return the parts of all ranks combined, the same bits on every rank.
@@ -81,7 +95,7 @@ class Group:
         def combine_bytes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             return combine(a.view(dtype), b.view(dtype)).view(np.uint8)
 
-        what += f" ({len(part)} of {dtype.name})" if len(part) else ""
+        what += f" ({len(part)} {dtype.name} numbers)" if len(part) else ""
         result = self._tree(_Message(_DATA, self.rank, what.encode(), part.view(np.uint8)), combine_bytes)
         if result.kind == _DATA:
             return result.data.view(dtype)
@@ -130,19 +144,21 @@ class Group:
         A rank that has raised is here early. In the exchange that the others are at then they get its error; it waits
         for them to come, too, so that all have made equally many exchanges when they leave.
         """
-        first = result = self._tree(mine)
-        while result.place > self._depth:
-            result = self._tree(mine)
-            first = result if first.kind == _DATA else first
+        with interrupt_deferred():  # who left early would leave the others waiting
+            first = result = self._tree(mine)
+            while result.place > self._depth:
+                result = self._tree(mine)
+                first = result if first.kind == _DATA else first
         return first
 
     def _tree(self, mine: _Message, combine: Combine = np.add) -> _Message:
         """Return the messages of all ranks as one, by :meth:`_doubling`; what interrupts that breaks the group."""
         if self._broken:
             raise RuntimeError("comm: expected exchanges that ended, got one that was interrupted: start again")
-        self._broken = True
-        result = self._doubling(mine, combine)
-        self._broken = False
+        with interrupt_deferred():  # Ctrl-C acts when it has ended; a second one at once
+            self._broken = True
+            result = self._doubling(mine, combine)
+            self._broken = False
         return result
 
     def _doubling(self, mine: _Message, combine: Combine) -> _Message:
@@ -197,9 +213,23 @@ def group_of(comm: MPI.Comm) -> Group:
         raise ValueError("comm: expected an intra-communicator, whose ranks are one group, got an inter-communicator")
     group = comm.Get_attr(_key())
     if not isinstance(group, Group):
+        if comm.Get_size() > 1:
+            _abort_after_errors()
         group = Group(comm.Dup())
         comm.Set_attr(_key(), group)
     return group
+
+
+@functools.cache
+def _abort_after_errors() -> None:
+    """Let an exception that ends this process end the other ranks too, which may be waiting for it."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        before(kind, error, traceback)
+        set_abort_status(1)  # MPI_Abort when the interpreter ends
+
+    sys.excepthook = hook
 
 
 @functools.cache

@@ -37,10 +37,13 @@ def merge_moments(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def forward(
-    bn: BatchNorm, group: Group, x: Any, residual: Any = None, out: np.ndarray | None = None,
+    bn: BatchNorm, group: Group, number: int, x: Any, residual: Any = None, out: np.ndarray | None = None,
     num_threads: int | None = None,
 ) -> tuple[np.ndarray, Saved]:  # fmt: skip
-    """Normalise by the statistics of all ranks' x; `saved` has them, with the count of all ranks."""
+    """Normalise by the statistics of all ranks' x; `saved` has them, with the count of all ranks.
+
+    `number` tells the layer from others on the same ranks.
+    """
     c = bn.num_features
     with group.guard():
         x = check.array("x", x)
@@ -53,7 +56,8 @@ def forward(
             check.output(out, x.shape, x.dtype, ("x", x), residual=residual, gamma=bn.gamma, beta=bn.beta)
         gamma, beta = check.channels("gamma", bn.gamma, c), check.channels("beta", bn.beta, c)
         part = pack_moments(Moments.of(x, axis, num_threads=num_threads))
-        total = unpack_moments(group.reduce(f"forward of {c} channels of {x.dtype}", part, merge_moments))
+        what = f"forward of layer {number}, {c} channels of {x.dtype}"
+        total = unpack_moments(group.reduce(what, part, merge_moments))
     if total.count == 1:  # on all ranks
         raise ValueError(f"x: expected 2 or more values per channel over all ranks, got 1 (here shape {x.shape})")
     with np.errstate(all="ignore"):
@@ -77,7 +81,7 @@ def move(bn: BatchNorm, saved: Saved) -> None:
 
 
 def backward(
-    bn: BatchNorm, group: Group, saved: Saved | None, dy: Any, out: np.ndarray | None = None,
+    bn: BatchNorm, group: Group, number: int, saved: Saved | None, dy: Any, out: np.ndarray | None = None,
     num_threads: int | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Return dx and set the layer's gradients, those of the parameters being sums over all ranks."""
@@ -91,7 +95,8 @@ def backward(
         if out is not None:
             check.output(out, saved.x.shape, dtype, ("dy", dy), x=saved.x)
         *sums, dresidual = backward_sums(dy, saved, num_threads)
-        dgamma, dbeta = group.reduce(f"backward of {c} channels of {dtype}", np.concatenate(sums)).reshape(2, c)
+        what = f"backward of layer {number}, {c} channels of {dtype}"
+        dgamma, dbeta = group.reduce(what, np.concatenate(sums)).reshape(2, c)
     dx = input_gradient(dy, saved, dgamma, dbeta, dresidual, out, num_threads)
     if bn.affine:
         bn.grad_gamma, bn.grad_beta = dgamma.astype(saved.param_dtype), dbeta.astype(saved.param_dtype)

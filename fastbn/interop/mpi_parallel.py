@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from ..nn import BatchNorm, Sequential, Sigmoid
+from ..nn import BatchNorm, Sequential, Sigmoid, Standardizer
 from ..nn.losses import get_loss
-from ..nn.training import check_optimizer
+from ..nn.training import check_optimizer, interrupt_deferred
 from ..norm import Saved
 from ..preprocessing import as_matrix
 from .mpi_exchange import group_of
@@ -54,6 +54,9 @@ class DataParallel:
         with self._group.guard():
             if not isinstance(model, Sequential):
                 raise TypeError(f"model: expected a fastbn.nn.Sequential, got {type(model).__name__}")
+            if any(isinstance(layer, Standardizer) and not layer.fitted for layer in model):
+                advice = "nn.Standardizer(fastbn.Standardizer().fit(x)), of the same x on all ranks"
+                raise ValueError(f"model: expected a fitted Standardizer, such as {advice}; got one that is not fitted")
             self.model = model
             state = model.state_dict()
             layers = ", ".join(map(repr, model.layers))
@@ -86,10 +89,10 @@ class DataParallel:
             For anything that does not fit, on the rank concerned; no rows, or one row before a BatchNorm, on all ranks.
         RankError
             On the other ranks, where one has failed. No running statistic has changed then, and no parameter, unless
-            it was the optimizer that failed.
+            it was the optimizer that failed. (On a single rank, a step of `fit`, running statistics have moved.)
         """
         group, model = self._group, self.model
-        with group.guard(), np.errstate(over="ignore", invalid="ignore"):
+        with interrupt_deferred(), group.guard(), np.errstate(over="ignore", invalid="ignore"):
             layers, x, targets = self._prepare(x, y, loss)
             check_optimizer(model, optimizer)
             rows = group.reduce(f"a step with {loss}", np.array([float(len(x))]))[0]
@@ -120,20 +123,20 @@ class DataParallel:
     def _forward(self, layers: tuple[Any, ...], x: np.ndarray) -> tuple[np.ndarray, dict[BatchNorm, Saved]]:
         """Return the outputs, and what each BatchNorm that is shared with other ranks needs afterwards."""
         saved = {}
-        for layer in layers:
+        for number, layer in enumerate(layers):
             if isinstance(layer, BatchNorm) and self._group.size > 1:
-                x, saved[layer] = forward(layer, self._group, as_matrix(x, layer.n_in))
+                x, saved[layer] = forward(layer, self._group, number, as_matrix(x, layer.n_in))
             else:
                 x = layer(x)
         return x, saved
 
     def _backward(self, layers: tuple[Any, ...], dy: np.ndarray, saved: dict[BatchNorm, Saved]) -> None:
-        for layer in reversed(layers):
+        for number, layer in reversed([*enumerate(layers)]):
             if layer in saved:
                 x = saved[layer].x
                 assert x is not None  # it is only where y has taken its memory
                 dy = as_matrix(dy, layer.n_out, "dy").astype(x.dtype, copy=False)
-                dy = backward(layer, self._group, saved[layer], dy)
+                dy = backward(layer, self._group, number, saved[layer], dy)
             else:
                 dy = layer.backward(dy)
 

@@ -26,6 +26,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..norm import Moments, batch_norm_infer
 from .sklearn_mlp import BatchNormMLPClassifier, BatchNormMLPRegressor
+from .sklearn_training import unchanged_on_error
 
 __all__ = ["BatchNormMLPClassifier", "BatchNormMLPRegressor", "Standardizer"]
 
@@ -74,6 +75,8 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     [[-1.0, 0.0], [1.0, 0.0]]
     """
 
+    _parameter_constraints = {"copy": ["boolean"], "with_mean": ["boolean"], "with_std": ["boolean"]}  # noqa: RUF012
+
     mean_: Any
     var_: Any
     scale_: Any
@@ -97,6 +100,13 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self._learn(X, sample_weight, fresh=not hasattr(self, "n_samples_seen_"))
 
     def _learn(self, X: Any, sample_weight: Any, fresh: bool) -> Standardizer:
+        with unchanged_on_error(self):
+            return self._add(X, sample_weight, fresh)
+
+    def _add(self, X: Any, sample_weight: Any, fresh: bool) -> Standardizer:
+        self._validate_params()
+        if not fresh and ((self.with_std and self.var_ is None) or (self.with_mean and self.mean_ is None)):
+            raise ValueError("with_mean, with_std: expected what they were in the first call: its statistics are gone")
         # The moments tell whether there is anything but numbers: no pass over X of its own for that.
         X = validate_data(self, X, reset=fresh, dtype=_DTYPES, ensure_all_finite=False)
         part = _statistics(X, sample_weight)
@@ -104,6 +114,9 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             nothing = np.zeros(self.n_features_in_)
             mean, var = (nothing if a is None else a for a in (self.mean_, self.var_))
             part = _merge(_Statistics(self.n_samples_seen_, mean, var * self.n_samples_seen_), part)
+        if np.isinf(part.m2).any():
+            features = np.flatnonzero(np.isinf(part.m2)).tolist()
+            raise ValueError(f"X: expected variances that float64 can hold, got larger ones in features {features}")
         n = np.asarray(part.n)
         self.n_samples_seen_ = n.flat[0].item() if (n == n.flat[0]).all() else n
         self.mean_ = part.mean if self.with_mean or self.with_std else None

@@ -130,6 +130,8 @@ class BatchNormMLPClassifier(ClassifierMixin, BatchNormMLP):
         }  # fmt: skip
 
     def _validation_score(self, model: nn.Sequential, X: np.ndarray, targets: np.ndarray, loss: str) -> float:
+        if targets.ndim == 2:  # multilabel
+            return float(((model.predict(X) > 0) == targets).all(axis=1).mean())  # what score() is
         return model.evaluate(X, targets, loss=loss)[1]
 
     def predict(self, X: Any) -> np.ndarray:

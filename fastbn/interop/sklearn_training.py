@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Real
 from typing import Any
@@ -32,6 +33,18 @@ _AUTO_BATCH = 200  # rows, as in MLPClassifier
 _MOST_ROWS = 2**16  # for population statistics: their error is then below 1/256 of a standard deviation
 
 
+@contextmanager
+def unchanged_on_error(estimator: BaseEstimator) -> Iterator[None]:
+    """Give an estimator its attributes back where a block raises: validate_data sets some before anything is learnt."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
+
+
 class BatchNormMLP(BaseEstimator):
     """A network of `fastbn.nn` behind scikit-learn's conventions; the documentation is BatchNormMLPClassifier's."""
 
@@ -39,6 +52,7 @@ class BatchNormMLP(BaseEstimator):
     folded_: nn.Sequential
     loss_curve_: list[float]
     _rng: np.random.Generator
+    _architecture: tuple[list[int], str]
     _optimizer_state: tuple[str, list[dict[str, Any]]]  # arrays, where an optimizer could not be pickled
 
     def __init__(
@@ -84,12 +98,16 @@ class BatchNormMLP(BaseEstimator):
             For a parameter out of its range, X or y that does not fit or holds NaN or infinity, one sample, one
             class; where training diverges. A trained network stays as it was then.
         """
+        with unchanged_on_error(self):
+            return self._fit(X, y)
+
+    def _fit(self, X: Any, y: Any) -> Any:
         self._check_parameters()
         known = self.warm_start and hasattr(self, "model_")
         X, targets, settled = self._data(X, y, known, None)
         loss = _LOSSES[settled["out_activation_"]]
         rng = self._generator()
-        model = self._new_model(X, settled, rng) if not known else _copy(self.model_)
+        model = self._new_model(X, settled, rng) if not known else self._old_model()
         validation = None
         if self.early_stopping:
             X, X_val, targets, targets_val = self._split(X, targets, rng)
@@ -107,6 +125,10 @@ class BatchNormMLP(BaseEstimator):
         return self._keep(model, optimizer, rng, curve, known, settled)
 
     def _partial_fit(self, X: Any, y: Any, classes: Any = None) -> Any:
+        with unchanged_on_error(self):
+            return self._fit_one_epoch(X, y, classes)
+
+    def _fit_one_epoch(self, X: Any, y: Any, classes: Any) -> Any:
         self._check_parameters()
         if self.early_stopping:
             raise ValueError("partial_fit does not support early_stopping=True")
@@ -114,7 +136,7 @@ class BatchNormMLP(BaseEstimator):
         X, targets, settled = self._data(X, y, known, classes)
         loss = _LOSSES[settled["out_activation_"]]
         rng = copy.deepcopy(self._rng) if known else self._generator()
-        model = _copy(self.model_) if known else self._new_model(X, settled, rng)
+        model = self._old_model() if known else self._new_model(X, settled, rng)
         optimizer = self._optimizer(model, len(X))
         if known and self._optimizer_state[0] == self.solver:
             optimizer.load_state_dict(self._optimizer_state[1])
@@ -166,11 +188,11 @@ class BatchNormMLP(BaseEstimator):
                     break
             else:
                 message = f"max_iter: training did not converge within {self.max_iter} epochs"
-                warnings.warn(message, ConvergenceWarning, stacklevel=3)
+                warnings.warn(message, ConvergenceWarning, stacklevel=4)
         except KeyboardInterrupt:
             if not curve:
                 raise
-            warnings.warn("Training interrupted by user.", stacklevel=3)
+            warnings.warn("Training interrupted by user.", stacklevel=4)
         return curve, scores, state
 
     def _epoch(
@@ -205,6 +227,13 @@ class BatchNormMLP(BaseEstimator):
             width = size
         return nn.Sequential(*layers, nn.Dense(width, settled["n_outputs_"], dtype=X.dtype), seed=rng)
 
+    def _old_model(self) -> nn.Sequential:
+        """Return a copy of the network to go on from, or raise where the parameters describe another one."""
+        made, wanted = self._architecture, (_sizes(self.hidden_layer_sizes), self.activation)
+        if made != wanted:
+            raise ValueError(f"hidden_layer_sizes, activation: expected {made} as in the first call, got {wanted}")
+        return _copy(self.model_)
+
     def _optimizer(self, model: nn.Sequential, n: int) -> _Optimizer:
         decay = self.alpha if self.solver == "adamw" else self.alpha / self._rows(n)
         return _Optimizer(model, self.solver, self.learning_rate_init, decay)
@@ -233,6 +262,7 @@ class BatchNormMLP(BaseEstimator):
             raise ValueError("statistics: expected finite numbers, got others: scale X, or reduce learning_rate_init")
         folded = model.fold()
         self.model_, self.folded_ = _copy(model).eval(), folded  # a copy remembers no batch: it is pickled
+        self._architecture = _sizes(self.hidden_layer_sizes), self.activation
         self.loss_ = curve[-1]
         self.loss_curve_ = [*(self.loss_curve_ if known else []), *curve]
         self.n_layers_ = sum(isinstance(layer, nn.Dense) for layer in folded) + 1

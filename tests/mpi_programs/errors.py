@@ -1,5 +1,8 @@
 """What goes wrong on one rank: its own error there, a clear one on all others, nothing changed, and work goes on."""
 
+import pickle
+import warnings
+
 import numpy as np
 from harness import raised, run, same_on_all
 from mpi4py import MPI
@@ -101,8 +104,8 @@ def ranks_that_differ(comm):
     bn = SyncBatchNorm(comm, 4)
     error = raised(bn, np.ones((3, 4), np.float32 if first else np.float64))
     assert type(error) is ValueError
-    assert "rank 0: forward of 4 channels of float32" in str(error)
-    assert "rank 1: forward of 4 channels of float64" in str(error)
+    assert f"rank 0: forward of layer {bn._number}, 4 channels of float32" in str(error)
+    assert f"rank 1: forward of layer {bn._number}, 4 channels of float64" in str(error)
     error = raised(bn, np.ones((1 if last else 0, 4)))
     assert type(error) is ValueError
     assert "expected 2 or more values per channel over all ranks, got 1" in str(error)
@@ -117,7 +120,8 @@ def ranks_that_differ(comm):
     ):
         error = raised(call)
         assert type(error) is ValueError, repr(error)
-        assert str(error).startswith("ranks differ: rank 0: forward of 4 channels of float64"), repr(error)
+        expected = f"ranks differ: rank 0: forward of layer {bn._number}, 4 channels of float64"
+        assert str(error).startswith(expected), repr(error)
     still_works(comm, SyncBatchNorm(comm, 3))
 
 
@@ -212,6 +216,79 @@ def errors_that_are_caught(comm):
     still_works(comm, SyncBatchNorm(comm, 4))
 
 
+def an_error_in_a_part_of_the_ranks_reaches_the_block_of_all(comm):
+    part = comm.Split(comm.rank // 2)
+    bn = SyncBatchNorm(part, 4)
+
+    def wrong():
+        with together(comm):
+            bn(np.ones((3, 5 if comm.rank == 1 else 4)))
+
+    error = raised(wrong)
+    assert type(error) is (ValueError if comm.rank == 1 else RankError)
+    assert "expected 4 channels on axis 1, got shape (3, 5)" in str(error)
+
+    def nested():
+        with together(comm), together(part):
+            if comm.rank == 1:
+                raise OSError("missing file")
+
+    expect(comm, 1, raised(nested), OSError, "missing file") if comm.size < 3 else raised(nested)
+    part.Free()
+
+
+def an_error_while_another_is_handled(comm):
+    bn = SyncBatchNorm(comm, 4)
+
+    def again():
+        with together(comm):
+            try:
+                bn(np.ones((3, 5 if comm.rank == 1 else 4)))
+            except Exception:
+                if comm.rank == 0:
+                    raise OSError("disk is full") from None
+
+    expect(comm, 0, raised(again), OSError, "disk is full")
+    still_works(comm, bn)
+
+
+def the_same_error_twice_and_one_without_a_text(comm):
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    for error in [ValueError("kept"), Mute()]:
+        for _ in range(2):
+
+            def wrong(error=error):
+                with together(comm):
+                    if comm.rank == 1:
+                        raise error
+
+            found = raised(wrong)
+            assert found is error if comm.rank == 1 else type(found) is RankError
+
+
+def what_overflows_in_an_exchange_is_no_warning(comm):
+    bn = SyncBatchNorm(comm, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bn(np.arange(12.0).reshape(3, 4) + comm.rank)
+        bn.backward(np.full((3, 4), np.inf if comm.rank == 0 else -np.inf))
+    assert np.isnan(bn.grad_beta).all()
+
+
+def layers_in_another_order(comm):
+    first, second = SyncBatchNorm(comm, 4), SyncBatchNorm(comm, 4)
+    error = raised((first if comm.rank else second).__call__, np.ones((3, 4)))
+    assert type(error) is ValueError
+    assert "ranks differ: rank 0: forward of layer" in str(error)
+
+
+def nothing_is_pickled(comm):
+    assert "save state_dict()" in str(raised(pickle.dumps, SyncBatchNorm(comm, 4)))
+
+
 def a_bad_batch_for_recalibration(comm):
     def batches(fail):
         yield np.ones((3, 4))
@@ -233,5 +310,7 @@ if __name__ == "__main__":
     run(
         a_bad_input_on_any_rank, a_bad_gradient_on_any_rank, several_ranks_fail, ranks_that_differ,
         a_bad_option_on_one_rank, no_communicator, an_error_of_the_caller, errors_that_are_caught,
-        a_bad_batch_for_recalibration,
+        a_bad_batch_for_recalibration, an_error_in_a_part_of_the_ranks_reaches_the_block_of_all,
+        an_error_while_another_is_handled, the_same_error_twice_and_one_without_a_text,
+        what_overflows_in_an_exchange_is_no_warning, layers_in_another_order, nothing_is_pickled,
     )  # fmt: skip

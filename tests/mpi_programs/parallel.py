@@ -189,7 +189,9 @@ def what_only_shows_on_all_ranks(comm):
     assert type(error) is (RankError if comm.rank else TypeError)
     assert "model: expected a fastbn.nn.Sequential, got list" in str(error)
     unfitted = nn.Sequential(nn.Standardizer() if comm.rank == 1 else nn.Standardizer(model[0]), nn.Dense(6, 2))
-    assert type(raised(DataParallel, unfitted, comm)) is ValueError
+    error = raised(DataParallel, unfitted, comm)
+    assert type(error) is (ValueError if comm.rank == 1 else RankError)
+    assert "model: expected a fitted Standardizer, such as nn.Standardizer(fastbn.Standardizer().fit(x))" in str(error)
 
 
 if __name__ == "__main__":

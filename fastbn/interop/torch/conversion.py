@@ -67,6 +67,8 @@ def convert(module: Module) -> tuple[Module, ConvertReport]:
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     report = ConvertReport([], {})
     for name, part in module.named_modules():
+        if "BatchNorm" in getattr(part, "original_name", ""):
+            report.left[name] = "it is TorchScript"
         if not isinstance(part, nn.modules.batchnorm._BatchNorm) or isinstance(part, FastBatchNorm):
             continue
         if reason := _left(part):

@@ -27,7 +27,7 @@ def batch_norm(
     Parameters
     ----------
     input : Tensor of shape (N, C, *)
-        float32, float64, float16 or bfloat16, on the CPU; the result has its order in memory (channels_last stays so).
+        float32, float64, float16 or bfloat16, on the CPU; the result is channels_last where it is, else contiguous.
     running_mean, running_var : Tensor of shape (C,), or None
         In training they move in place towards the statistics of the batch, and may be None; else they are μ and σ².
     weight, bias : Tensor of shape (C,), or None
@@ -40,14 +40,14 @@ def batch_norm(
         ε.
     relu : bool
         Apply ReLU last; its gradient is 0 where y = 0.
-    residual : Tensor of the shape and dtype of `input`, optional
-        Added before ReLU.
+    residual : Tensor of the shape of `input`, optional
+        Added before ReLU; one of another dtype by PyTorch, which promotes.
 
     Raises
     ------
     ValueError, RuntimeError
         Where torch.nn.functional.batch_norm raises: one value per channel in training, parameters of other shapes,
-        missing statistics. `residual`: ValueError for another shape, dtype or device. Nothing has moved then.
+        missing statistics. `residual`: ValueError for another shape or device. Nothing has moved then.
 
     Notes
     -----
@@ -71,13 +71,13 @@ def batch_norm(
     """
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a tensor, got {type(residual).__name__}")
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (
-        input.shape, input.dtype, input.device,
-    ):  # fmt: skip
-        expected = f"shape {tuple(input.shape)}, {input.dtype} on {input.device}, as input"
-        raise ValueError(
-            f"residual: expected {expected}, got {tuple(residual.shape)}, {residual.dtype} on {residual.device}"
-        )
+    if residual is not None and (residual.shape, residual.device) != (input.shape, input.device):
+        expected = f"shape {tuple(input.shape)} on {input.device}, as input"
+        raise ValueError(f"residual: expected {expected}, got {tuple(residual.shape)} on {residual.device}")
+    if residual is not None and residual.dtype != input.dtype:  # as autocast makes them
+        given = (running_mean, running_var, weight, bias)
+        y = batch_norm(input, *given, training, momentum, eps) + residual
+        return F.relu(y) if relu else y
     given = (running_mean, running_var, weight, bias)
     if reason := _refused(input, given, training, eps):
         return _by_pytorch(reason, input, *given, training, momentum, eps, relu, residual)
@@ -147,8 +147,14 @@ def _by_pytorch(
     return F.relu(y) if relu else y
 
 
-class FastBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Forward pass of the modules; constructor, state and checks of the input are PyTorch's."""
+class FastBatchNorm(nn.modules.batchnorm._NormBase):
+    """Forward pass of the modules; constructor and state are PyTorch's.
+
+    Not a _BatchNorm: what looks for those, such as SyncBatchNorm.convert_sync_batchnorm, would lose a fused ReLU.
+    """
+
+    def _get_name(self) -> str:
+        return f"fastbn.{type(self).__name__}"  # print(model) tells what has been converted
 
     def _normalize(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)

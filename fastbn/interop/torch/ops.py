@@ -57,9 +57,21 @@ def _empty(x: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), 0, x.shape, strides)
 
 
+def _order(x: Tensor) -> torch.memory_format:
+    """Return the order in memory that PyTorch's own results have."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is not None and x.is_contiguous(memory_format=last):
+        return last
+    return torch._prims_common.suggest_memory_format(x)
+
+
 def _empty_like(x: Tensor) -> Tensor:
-    """Return torch.empty_like(x), by `_empty`."""
-    return torch.empty_like(x) if x.nbytes < buffers.FROM else _empty(x, torch.empty_like(x, device="meta").stride())
+    """Return a new tensor like x in PyTorch's order."""
+    if x.nbytes < buffers.FROM:
+        return torch.empty_like(x, memory_format=_order(x))
+    return _empty(x, torch.empty_like(x, memory_format=_order(x), device="meta").stride())
 
 
 def _in_order(x: Tensor, y: Tensor) -> Tensor:
@@ -103,7 +115,7 @@ def _fake_forward(
     x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, eps: float, relu: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=_order(x))
     statistics = (x.new_empty((x.shape[1],), dtype=torch.float64) for _ in range(3))
     if not relu or residual is None or x.numel() == 0:
         return y, *statistics, _no_bits(x)

@@ -45,6 +45,7 @@ class Plan:
         members = set(map(id, self.members))
         self.idle = [p for p in self.params if id(p) not in members]
         self.places = [p.detach() for p in self.members]  # they keep the memory alive, too
+        self.addresses = [p.data_ptr() for p in self.members]  # share_memory_ moves it within the same storage
         self.arrays: list[np.ndarray] = []  # of the members, with the axes in the order of their memory
         self.turned: list[tuple[int, tuple[int, ...]]] = []  # which axes these are, where they had to be turned
         self.copies: list[tuple[int, Tensor]] = []  # updated in place of members whose memory has gaps
@@ -89,6 +90,7 @@ class Plan:
                 and len(params) == len(self.params)
                 and all(map(is_, params, self.params))
                 and all(map(Tensor.is_set_to, self.members, self.places))
+                and [p.data_ptr() for p in self.members] == self.addresses
                 and all(p.grad is None for p in self.idle)
             )
         except RuntimeError:  # is_set_to does not compare devices
