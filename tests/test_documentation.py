@@ -60,3 +60,9 @@ def test_code_runs(block, tmp_path, monkeypatch):
         if re.search(rf"^(import|from) {extra}\b", block, re.MULTILINE) or f"fastbn.interop.{extra}" in block:
             pytest.importorskip(extra)
     exec(compile(block, "a block of the documentation", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_to_be_filled_in(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not re.findall(r"@@\w+@@|TODO|XXX", text)
