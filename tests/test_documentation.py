@@ -28,6 +28,7 @@ def test_doctests(name):
         if name.startswith("fastbn.interop.") and not str(error.name).startswith("fastbn"):
             pytest.skip(str(error))  # an extra that is not installed
         raise
+    fastbn.release_buffers()  # of other tests: an example shows how many bytes there are
     failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
 

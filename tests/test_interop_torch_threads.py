@@ -32,7 +32,7 @@ COUNT = """
     bn.eval()
     bn(x)
     torch.ops.fastbn.batch_norm_backward(dy, x, None, None, *[torch.ones(64, dtype=torch.float64)] * 3,
-                                         torch.empty(0, dtype=torch.uint8), 1e-5, False, False, False)
+                                         torch.empty(0, dtype=torch.uint8), x.stride(), 1e-5, False, False, False)
     print(tasks() - before)
 """
 
