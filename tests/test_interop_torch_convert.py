@@ -335,3 +335,14 @@ def test_what_replaces_pytorchs_batchnorms_does_not_lose_a_relu():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert type(model[1]) is BatchNormReLU
     assert type(model[2]) is nn.SyncBatchNorm
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+def test_torchscript_is_left_and_named():
+    script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    _, report = convert(script)
+    assert report.converted == []
+    assert report.left == {"1": "it is TorchScript"}
+    plain = nn.Linear(2, 2)
+    plain.original_name = 3  # anybody's attribute
+    assert convert(plain)[1].left == {}

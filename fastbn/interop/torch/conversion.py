@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .layers import unusable
@@ -67,7 +68,7 @@ def convert(module: Module) -> tuple[Module, ConvertReport]:
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     report = ConvertReport([], {})
     for name, part in module.named_modules():
-        if "BatchNorm" in getattr(part, "original_name", ""):
+        if isinstance(part, torch.jit.ScriptModule) and "BatchNorm" in part.original_name:
             report.left[name] = "it is TorchScript"
         if not isinstance(part, nn.modules.batchnorm._BatchNorm) or isinstance(part, FastBatchNorm):
             continue

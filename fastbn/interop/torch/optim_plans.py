@@ -13,9 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from ..._core import check
 from ..._core.dispatch import optim_kernels
-from .layers import to_array
+from .layers import DTYPES, to_array
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _KINDS = (Tensor, nn.Parameter, nn.Buffer)
 
 Slots = tuple[str | None, ...]  # PyTorch's names of a kernel's slots; None: not used
@@ -156,7 +155,7 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on the CPU, got one on {p.device}")
     if p.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got {p.layout}")
-    if p.dtype not in _DTYPES:
+    if p.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {p.dtype}")
     if is_lazy(p) or not p.numel():
         return
