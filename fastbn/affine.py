@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._core.state import copies
 from .norm import scale_and_shift
 
 __all__ = ["BatchNormParams", "to_affine"]
@@ -123,7 +124,7 @@ def as_array(name, value):
         array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name}: expected an array, got {error}") from error
-    except (TypeError, RuntimeError, BufferError) as error:
+    except Exception as error:  # whatever an __array__ of others raises
         raise TypeError(f"{name}: expected something NumPy can view as an array, got {error}") from error
     if array.dtype.kind not in "iu" and array.dtype.name not in SIGNIFICAND_BITS:
         raise TypeError(f"{name}: expected {', '.join(SIGNIFICAND_BITS)} or integers, got {array.dtype}")
@@ -156,7 +157,7 @@ def parameters(bn, channels=None, of=""):
         if missing := [name for name in names if not hasattr(bn, name)]:
             kind = type(bn).__name__
             raise TypeError(f"bn: expected BatchNormParams or BatchNorm, got {kind} without {missing[0]}")
-    gamma, beta, mean, var, eps = (getattr(bn, name) for name in names)
+    gamma, beta, mean, var, eps = copies(bn, names)
     mean_name, var_name = names[2:4]
     if mean is None or var is None:
         name = mean_name if mean is None else var_name

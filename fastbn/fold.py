@@ -438,10 +438,15 @@ def _check_layout(layout, weight, channel_axes):
 
 
 def _positive(name, value):
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
-    if (number := operator.index(value)) < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {number}")
+    expected = f"{name}: expected an integer >= 1, got {value!r}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(expected) from None
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(expected)
+    if number < 1:
+        raise ValueError(expected)
     return number
 
 
@@ -467,6 +472,8 @@ def _is_padded(padding, kernel):
         array = np.asarray(padding)
     except ValueError as error:
         raise ValueError(expected) from error
+    except Exception as error:  # whatever an __array__ of others raises
+        raise TypeError(expected) from error
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(expected)
     if array.shape not in ((), (n,), (n, 2)) or (array < 0).any():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._core import check, layout
+from ._core.state import change, copies, move, store
 from .norm import Moments, Saved, batch_norm_backward, batch_norm_train, infer, scale_and_shift
+
+if TYPE_CHECKING:
+    from ._core.state import Change
 
 __all__ = ["BatchNorm"]
 
 _STATE = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
+_MOST_BATCHES = np.iinfo(np.int64).max  # as which num_batches_tracked is saved
 
 
 class BatchNorm:
@@ -54,6 +59,13 @@ class BatchNorm:
     dtype : dtype
         Of all of these arrays.
     training : bool
+
+    Notes
+    -----
+    Threads may share a layer: each call and each :meth:`state_dict` sees a mean and a variance that belong together,
+    and training calls move them one after the other, in no given order. :meth:`backward` goes with the layer's last
+    call, whichever thread made it: for a forward and a backward pass in each thread, take a layer each, or
+    :func:`fastbn.batch_norm_train`. An exception, KeyboardInterrupt too, leaves the statistics before or after a call.
 
     References
     ----------
@@ -137,7 +149,7 @@ class BatchNorm:
             if saved.count:
                 self._move(saved)
         else:
-            mean, var = self.running_mean.astype(np.float64), self.running_var.astype(np.float64)
+            mean, var = (running.astype(np.float64) for running in copies(self, ("running_mean", "running_var")))
             y, bits = infer(
                 x, mean, var, self.gamma, self.beta, axis, self.eps, self.activation, residual, out, num_threads, True
             )
@@ -150,12 +162,9 @@ class BatchNorm:
         if self.running_mean is None or self.running_var is None:
             return
         count = saved.count
-        var = saved.var * (count / (count - 1)) if self.unbiased else saved.var
-        weight = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        with np.errstate(all="ignore"):  # a variance that float32 cannot hold becomes inf
-            self.running_mean[...] = (1 - weight) * self.running_mean.astype(np.float64) + weight * saved.mean
-            self.running_var[...] = (1 - weight) * self.running_var.astype(np.float64) + weight * var
-        self.num_batches_tracked += 1
+        with np.errstate(all="ignore"):  # infinities
+            var = saved.var * (count / (count - 1)) if self.unbiased else saved.var
+        move(self, saved.mean, var)
 
     def _frozen(
         self, x: np.ndarray, y: np.ndarray, axis: int, mean: np.ndarray, var: np.ndarray, has_residual: bool,
@@ -180,9 +189,8 @@ class BatchNorm:
         if self._saved is None:
             raise ValueError("backward: expected a call of the layer before it, got none")
         gradients = batch_norm_backward(dy, self._saved, out=out, num_threads=num_threads)
-        if self.affine:
-            self.grad_gamma, self.grad_beta = gradients.dgamma, gradients.dbeta
-        self.grad_residual = gradients.dresidual
+        new: dict[str, Any] = {"grad_gamma": gradients.dgamma, "grad_beta": gradients.dbeta} if self.affine else {}
+        store(change(self, **new, grad_residual=gradients.dresidual))
         return gradients.dx
 
     def to_affine(self) -> tuple[np.ndarray, np.ndarray]:
@@ -190,10 +198,11 @@ class BatchNorm:
 
         scale = γ/√(running_var + ε), shift = β - scale·running_mean (Ioffe & Szegedy 2015, Algorithm 2, line 11).
         """
-        mean, var = self._running("to_affine")
-        var64 = var.astype(np.float64)
-        check.positive_variance(var64, self.eps)
-        gamma, beta = (None if p is None else p.astype(np.float64) for p in (self.gamma, self.beta))
+        self._running("to_affine")
+        names = ("running_mean", "running_var", "gamma", "beta")
+        mean, var, *affine = copies(self, names)
+        gamma, beta = (None if p is None else p.astype(np.float64) for p in affine)
+        check.positive_variance(var.astype(np.float64), self.eps)
         return scale_and_shift(mean, var, gamma, beta, self.eps)
 
     def _running(self, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +233,7 @@ class BatchNorm:
         """
         running_mean, running_var = self._running("recalibrate")
         check.choice("method", method, ("pooled", "paper"))
+        batches = check.iterator("batches", batches, "an iterable of arrays")
         c = self.num_features
         total = Moments(c, axis=self.axis)
         mean, var, number = np.zeros(c), np.zeros(c), 0
@@ -239,24 +249,24 @@ class BatchNorm:
                 continue
             if m.count < 2:
                 raise ValueError("batches: expected 2 or more values per channel in each batch, got 1")
-            mean += (m.mean - mean) / number
-            var += (m.var(correction=1) - var) / number
+            with np.errstate(all="ignore"):  # infinities stay in their channel
+                mean += (m.mean - mean) / number
+                var += (m.var(correction=1) - var) / number
         if number == 0:
             return
         if method == "pooled":
             if self.unbiased and total.count < 2:
                 raise ValueError(f"batches: expected 2 or more values per channel in all, got {total.count}")
             mean, var = total.mean, total.var(correction=int(self.unbiased))
-        with np.errstate(all="ignore"):  # as in a call
-            running_mean[...], running_var[...] = mean, var
+        store(change(self, [running_mean, running_var], [mean, var]))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return copies of parameters and running statistics under PyTorch's names."""
-        values = {key: getattr(self, name) for key, name in _STATE.items()}
-        state = {key: value.copy() for key, value in values.items() if value is not None}
+        *arrays, tracked = copies(self, (*_STATE.values(), "num_batches_tracked"))
+        values = {key: array for key, array in zip(_STATE, arrays, strict=True) if array is not None}
         if self.track_running_stats:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-        return state
+            values["num_batches_tracked"] = np.array(tracked, np.int64)
+        return values
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy a state dict of PyTorch's names into the layer's arrays.
@@ -266,6 +276,10 @@ class BatchNorm:
         TypeError, ValueError
             On missing or unknown keys, wrong shapes and values that are no real numbers; nothing is changed then.
         """
+        store(self._loaded(state_dict))
+
+    def _loaded(self, state_dict: Any) -> Change:
+        """Return the change that loading a state dict would make, or raise."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type(state_dict).__name__}")
         own = self.state_dict()
@@ -276,14 +290,11 @@ class BatchNorm:
         tracked = own.pop("num_batches_tracked", None)
         if tracked is not None:
             tracked = check.view("num_batches_tracked", state_dict["num_batches_tracked"])
-            if tracked.size != 1 or tracked.dtype.kind not in "iu" or tracked.item() < 0:
-                raise ValueError(f"num_batches_tracked: expected an integer of 0 or more, got {tracked!r}")
+            if tracked.size != 1 or tracked.dtype.kind not in "iu" or not 0 <= tracked.item() <= _MOST_BATCHES:
+                raise ValueError(f"num_batches_tracked: expected an integer of 0 or more (int64), got {tracked!r}")
         new = {key: check.given_channels(key, state_dict[key], self.num_features) for key in own}
-        with np.errstate(all="ignore"):  # as in a call
-            for key, value in new.items():
-                getattr(self, _STATE[key])[...] = value
-        if tracked is not None:
-            self.num_batches_tracked = int(tracked.item())
+        count = {} if tracked is None else {"num_batches_tracked": int(tracked.item())}
+        return change(self, [getattr(self, _STATE[key]) for key in new], list(new.values()), **count)
 
     def __repr__(self) -> str:
         options = f"axis={self.axis}, eps={self.eps}, momentum={self.momentum}"

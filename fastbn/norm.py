@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._core import check, layout
 from ._core.dispatch import kernels
+from ._core.state import change, store
 from .threads import budget
 
 __all__ = ["Gradients", "Moments", "Saved", "batch_norm_backward", "batch_norm_infer", "batch_norm_train"]
@@ -444,7 +446,7 @@ class Moments:
         if other.count == 0:
             return self
         if self.count == 0:
-            self.count, self.mean, self.m2 = other.count, other.mean.copy(), other.m2.copy()
+            store(change(self, count=other.count, mean=other.mean.copy(), m2=other.m2.copy()))
             return self
         n = self.count + other.count
         share = other.count / n
@@ -452,7 +454,7 @@ class Moments:
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
-        self.count, self.mean, self.m2 = n, mean, m2
+        store(change(self, count=n, mean=mean, m2=m2))
         return self
 
     def var(self, correction: int = 0) -> np.ndarray:
@@ -467,12 +469,14 @@ class Moments:
         return {"count": self.count, "mean": self.mean.copy(), "m2": self.m2.copy(), "axis": self.axis}
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Moments:
+    def from_dict(cls, d: Mapping[str, Any]) -> Moments:
         """Return the moments that :meth:`to_dict` gave."""
+        if not isinstance(d, Mapping):
+            raise TypeError(f"d: expected a mapping of names to values, got {type(d).__name__}")
         missing = [key for key in ("count", "mean", "m2") if key not in d]
         if missing:
             raise ValueError(f"d: expected keys count, mean, m2, got none named {', '.join(missing)}")
-        c = np.size(d["mean"])
+        c = check.view("mean", d["mean"]).size
         result = cls(c, axis=d.get("axis", 1))
         result.count = check.count("count", d["count"], low=0)
         result.mean = check.given_channels("mean", d["mean"], c)

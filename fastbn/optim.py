@@ -11,13 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from . import threads
 from ._core import check
 from ._core.dispatch import optim_kernels
+from ._core.state import change, store
+from .interrupts import interrupt_deferred
 from .schedules import Schedule, constant, cosine, exponential, inverse_time, step_decay
 
 __all__ = [
@@ -92,7 +94,7 @@ class Optimizer:
         clip_global_norm: float | None,
         schedule: Schedule | None,
     ) -> None:
-        self._lr = check.number("lr", lr, _NOT_NEGATIVE, 0.0)
+        lr = check.number("lr", lr, _NOT_NEGATIVE, 0.0)
         self._weight_decay = check.number("weight_decay", weight_decay, _NOT_NEGATIVE, 0.0)
         limits = {"clip_value": clip_value, "clip_norm": clip_norm, "clip_global_norm": clip_global_norm}
         clip = {name: _limit(name, c) for name, c in limits.items() if c is not None}
@@ -104,13 +106,13 @@ class Optimizer:
         self._clip_norm = clip.get("clip_norm", clip.get("clip_global_norm"))
         self._whole = "clip_global_norm" in clip
         self._schedule = schedule
-        self._step = 0
         named, self._keys = _named(params)
         _check_params(named)
         self._names = [name.removeprefix("params") for name in named]  # "[3]" or "['w']", for messages
         self._params = list(named.values())
         self._state = _new_state(self._params, self._slots)
         self._table = optim_kernels.Table(self._params, self._state)
+        self._table.done = 0, lr
         self._work = max(0, self._table.size - _LOOKUP * len(self._params))
 
     @property
@@ -121,13 +123,17 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """The learning rate; with a schedule, that of the last step."""
-        return self._lr
+        return self._table.done[1]
 
     @lr.setter
     def lr(self, value: float) -> None:
         if self._schedule is not None:
             raise ValueError(f"lr: expected no assignment, since the schedule sets it, got {value!r}")
-        self._lr = check.number("lr", value, _NOT_NEGATIVE, 0.0)
+        self._table.done = self._steps, check.number("lr", value, _NOT_NEGATIVE, 0.0)
+
+    @property
+    def _steps(self) -> int:
+        return self._table.done[0]
 
     def step(self, grads: Gradients, *, num_threads: int | None = None) -> None:
         """Update the parameters in place by one step.
@@ -146,24 +152,25 @@ class Optimizer:
             Where a gradient is missing, or of another shape or dtype, or shares memory with a parameter;
             where a parameter has become read-only or was resized; where the schedule gives a rate that is
             negative or not finite. Nothing has been updated or counted then.
+        RuntimeError
+            Where another thread is in a call of this optimizer.
         """
         held = self._listed(grads)  # our own list: it keeps the arrays alive while the GIL is released
-        refused = self._table.bind(held)
-        while refused >= 0:
-            held[refused] = self._usable(refused, held[refused])
-            refused = self._table.bind(held, refused)
         budget = threads.budget(self._work, num_threads)
-        lr = self._lr
-        if self._schedule is not None:
-            lr = check.number(f"schedule({self._step})", self._schedule(self._step), _NOT_NEGATIVE, 0.0)
-        if self._clip_norm is not None:
-            optim_kernels.clip_flat(self._table, self._clip_norm, self._whole, budget)
-        self._update(lr, self._step + 1, budget)
-        self._lr = lr
-        self._step += 1
+        with self._table:
+            refused = self._table.bind(held)
+            while refused >= 0:
+                held[refused] = self._usable(refused, held[refused])
+                refused = self._table.bind(held, refused)
+            steps, lr = self._table.done
+            if self._schedule is not None:
+                lr = check.number(f"schedule({steps})", self._schedule(steps), _NOT_NEGATIVE, 0.0)
+            if self._clip_norm is not None:
+                optim_kernels.clip_flat(self._table, self._clip_norm, self._whole, budget)
+            self._update(lr, (steps + 1, lr), budget)
 
-    def _update(self, lr: float, t: int, budget: int) -> None:
-        """Run the method's kernel for step number t, counted from 1."""
+    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
+        """Run the method's kernel; `done` is what the table says afterwards, (t, lr) with t counted from 1."""
         raise TypeError(f"{type(self).__name__}: expected one of SGD, RMSprop, Adam, AdamW")
 
     def _listed(self, grads: Any) -> list[Any]:
@@ -175,7 +182,7 @@ class Optimizer:
             if odd:
                 raise ValueError(f"grads: expected the keys of params, got a difference in {odd}")
             return [grads[key] for key in self._keys]
-        if isinstance(grads, np.ndarray) or not isinstance(grads, Iterable):
+        if isinstance(grads, (np.ndarray, memoryview)) or not isinstance(grads, Iterable):
             raise ValueError(f"grads: expected a list of arrays, got {type(grads).__name__}")
         held = list(grads)
         if len(held) != len(self._params):
@@ -190,7 +197,7 @@ class Optimizer:
         g = check.view(f"grads{where}", grad)
         if g.shape != p.shape:
             raise ValueError(f"grads{where}: expected shape {p.shape}, got {g.shape}")
-        if g.dtype.newbyteorder("=") != p.dtype:
+        if g.dtype.name != p.dtype.name:
             raise ValueError(f"grads{where}: expected dtype {p.dtype}, got {g.dtype}")
         near = self._table.near(*np.lib.array_utils.byte_bounds(g))  # one search, before comparing with each
         if near and any(check.shares_memory(g, other) for other in self._params):
@@ -205,9 +212,10 @@ class Optimizer:
         Slots have PyTorch's names. Where a parameter is float16 or bfloat16, the slot ``"master"`` holds
         float32 masters (of the other parameters, which are their own masters, a copy).
         """
-        state: dict[str, Any] = {"step": self._step}
-        for name, arrays in self._state_by_slot().items():
-            state[name] = [(p if a is None else a).copy() for p, a in zip(self._params, arrays, strict=True)]
+        with self._table:
+            state: dict[str, Any] = {"step": self._steps}
+            for name, arrays in self._state_by_slot().items():
+                state[name] = [(p if a is None else a).copy() for p, a in zip(self._params, arrays, strict=True)]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -221,13 +229,17 @@ class Optimizer:
             Where a slot is missing or unknown, or an array has another shape or is none. Nothing has changed
             then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping of names to values, got {type(state).__name__}")
         slots = self._state_by_slot()
         if set(state) != {"step", *slots}:
             came = ", ".join(map(str, state))
             raise ValueError(f"state: expected the keys {', '.join(['step', *slots])}, got {came}")
         step = check.count("step", state["step"], 0)
-        loaded = []
+        targets, values = [], []
         for slot, arrays in slots.items():
+            if not isinstance(state[slot], Sequence):
+                raise TypeError(f"{slot}: expected a list of arrays, got {type(state[slot]).__name__}")
             if len(state[slot]) != len(arrays):
                 raise ValueError(f"{slot}: expected {len(arrays)} arrays, got {len(state[slot])}")
             for p, where, array, value in zip(self._params, self._names, arrays, state[slot], strict=True):
@@ -236,11 +248,11 @@ class Optimizer:
                     raise ValueError(f"{slot}{where}: expected shape {p.shape}, got {new.shape}")
                 if new.dtype.kind not in "fiu" and new.dtype.name != "bfloat16":
                     raise TypeError(f"{slot}{where}: expected real numbers, got dtype {new.dtype}")
-                loaded.append((array, new))
-        for array, new in loaded:
-            if array is not None:
-                array[...] = new
-        self._step = step
+                if array is not None:
+                    targets.append(array)
+                    values.append(new)
+        with self._table:
+            store(change(self._table, targets, values, done=(step, self.lr)))
 
     def _state_by_slot(self) -> dict[str, list[np.ndarray | None]]:
         """Return the state arrays themselves by slot; None for the master of a parameter that needs none."""
@@ -248,9 +260,13 @@ class Optimizer:
         names = enumerate([*self._slots, "master" if masters else None])
         return {name: [arrays[k] for arrays in self._state] for k, name in names if name is not None}
 
+    def __reduce__(self) -> NoReturn:
+        message = "expected its state_dict() to be copied or sent, got the optimizer, which updates arrays in place"
+        raise TypeError(f"{type(self).__name__}: {message}")
+
     def __repr__(self) -> str:
         size = f"{len(self._params)} arrays, {self._table.size} elements"
-        return f"{type(self).__name__}({size}, lr={self._lr:g}, step={self._step})"
+        return f"{type(self).__name__}({size}, lr={self.lr:g}, step={self._steps})"
 
 
 class SGD(Optimizer):
@@ -297,16 +313,16 @@ class SGD(Optimizer):
     ) -> None:
         self._momentum = _below_one("momentum", momentum)
         self._fresh = 1.0 - check.number("dampening", dampening, "a number in [0, 1]", 0.0, 1.0)
-        self._nesterov = bool(nesterov)
+        self._nesterov = check.flag("nesterov", nesterov)
         if nesterov and (momentum == 0 or dampening != 0):
             came = f"momentum={momentum} and dampening={dampening}"
             raise ValueError(f"nesterov: expected momentum above 0 and no dampening, got {came}")
         self._slots = ("momentum_buffer" if self._momentum else None,)
         super().__init__(params, lr, weight_decay, clip_value, clip_norm, clip_global_norm, schedule)
 
-    def _update(self, lr: float, t: int, budget: int) -> None:
+    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
         shared = self._table, lr, self._clip_value, self._weight_decay
-        optim_kernels.sgd_flat(*shared, self._momentum, self._fresh, self._nesterov, budget)
+        optim_kernels.sgd_flat(*shared, self._momentum, self._fresh, self._nesterov, done, budget)
 
 
 class RMSprop(Optimizer):
@@ -360,12 +376,12 @@ class RMSprop(Optimizer):
         self._eps = _inside_and_outside(eps, eps_inside_sqrt)
         self._momentum = _below_one("momentum", momentum)
         velocity = "momentum_buffer" if self._momentum else None
-        self._slots = "square_avg", velocity, "grad_avg" if centered else None
+        self._slots = "square_avg", velocity, "grad_avg" if check.flag("centered", centered) else None
         super().__init__(params, lr, weight_decay, clip_value, clip_norm, clip_global_norm, schedule)
 
-    def _update(self, lr: float, t: int, budget: int) -> None:
+    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
         shared = self._table, lr, self._clip_value, self._weight_decay
-        optim_kernels.rmsprop_flat(*shared, self._alpha, self._momentum, *self._eps, budget)
+        optim_kernels.rmsprop_flat(*shared, self._alpha, self._momentum, *self._eps, done, budget)
 
 
 class Adam(Optimizer):
@@ -424,14 +440,15 @@ class Adam(Optimizer):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
         self._betas = _below_one("betas[0]", betas[0]), _below_one("betas[1]", betas[1])
         self._eps = _inside_and_outside(eps, eps_inside_sqrt)
-        self._slots = "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if amsgrad else None
+        self._slots = "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if check.flag("amsgrad", amsgrad) else None
         super().__init__(params, lr, weight_decay, clip_value, clip_norm, clip_global_norm, schedule)
 
-    def _update(self, lr: float, t: int, budget: int) -> None:
-        beta1, beta2 = self._betas
+    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
+        (beta1, beta2), (t, _) = self._betas, done
         decay, shrink = (0.0, lr * self._weight_decay) if self._decoupled else (self._weight_decay, 0.0)
-        shared = self._table, lr / (1 - beta1**t), self._clip_value, decay
-        optim_kernels.adam_flat(*shared, shrink, beta1, beta2, 1 / (1 - beta2**t), *self._eps, budget)
+        power = optim_kernels.power  # Python's is the C library's, which differs from CPU to CPU
+        shared = self._table, lr / (1 - power(beta1, t)), self._clip_value, decay
+        optim_kernels.adam_flat(*shared, shrink, beta1, beta2, 1 / (1 - power(beta2, t)), *self._eps, done, budget)
 
 
 class AdamW(Adam):
@@ -512,24 +529,29 @@ def project_max_norm(params: Arrays, max_norm: float, axis: int | None = None) -
         _check_array(name, w)
         if axis is not None and not -w.ndim <= check.count("axis", axis, None) < w.ndim:
             raise ValueError(f"axis: expected one of every array, got {axis} for {name} of shape {w.shape}")
-    for w in named.values():
-        others = None if axis is None else tuple(k for k in range(w.ndim) if k != axis % w.ndim)
-        wide = w.astype(np.float64)
-        peak = np.max(np.abs(wide), axis=others, keepdims=True, initial=0.0)
-        exponent = np.where(np.isfinite(peak), np.frexp(peak)[1], 0)  # scaled by it, squares stay in range
-        with np.errstate(all="ignore"):  # NaN and infinity, which are left alone
-            norm = np.sqrt(np.sum(np.ldexp(wide, -exponent) ** 2, axis=others, keepdims=True))
-            limit = np.ldexp(c, -exponent)
-            above = (norm > limit) & np.isfinite(peak)
-            projected = (wide * (limit / norm)).astype(w.dtype)
-        np.copyto(w, projected, where=above)
+    with interrupt_deferred():
+        for w in named.values():
+            _project(w, c, axis)
+
+
+def _project(w: np.ndarray, c: float, axis: int | None) -> None:
+    others = None if axis is None else tuple(k for k in range(w.ndim) if k != axis % w.ndim)
+    wide = np.asarray(w).astype(np.float64)
+    peak = np.max(np.abs(wide), axis=others, keepdims=True, initial=0.0)
+    exponent = np.where(np.isfinite(peak), np.frexp(peak)[1], 0)  # scaled by it, squares stay in range
+    with np.errstate(all="ignore"):  # NaN and infinity, which are left alone
+        norm = np.sqrt(np.sum(np.ldexp(wide, -exponent) ** 2, axis=others, keepdims=True))
+        limit = np.ldexp(c, -exponent)
+        above = (norm > limit) & np.isfinite(peak)
+        projected = (wide * (limit / norm)).astype(w.dtype)
+    np.copyto(w, projected, where=above)
 
 
 def _named(params: Any) -> tuple[dict[str, Any], list[Any] | None]:
     """Return {"params[3]" or "params['w']": array} of a list or a dict, and the dict's keys."""
     if isinstance(params, Mapping):
         named, keys = {f"params[{key!r}]": array for key, array in params.items()}, list(params)
-    elif isinstance(params, Iterable) and not isinstance(params, (np.ndarray, str)):
+    elif isinstance(params, Iterable) and not isinstance(params, (np.ndarray, memoryview, str)):
         named, keys = {f"params[{i}]": array for i, array in enumerate(params)}, None
     else:
         raise TypeError(f"params: expected a list or dict of arrays, got {type(params).__name__}")
@@ -596,4 +618,4 @@ def _below_one(name: str, value: float) -> float:
 def _inside_and_outside(eps: float, eps_inside_sqrt: bool) -> tuple[float, float]:
     """Return eps as the kernels take it: what is added inside the root, and what outside."""
     eps = check.number("eps", eps, _NOT_NEGATIVE, 0.0)
-    return (eps, 0.0) if eps_inside_sqrt else (0.0, eps)
+    return (eps, 0.0) if check.flag("eps_inside_sqrt", eps_inside_sqrt) else (0.0, eps)

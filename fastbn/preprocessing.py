@@ -3,6 +3,7 @@
 import numpy as np
 
 from ._core import check
+from ._core.state import change, store
 from .norm import Moments
 
 
@@ -14,7 +15,7 @@ def as_floats(x, name="x"):
 def as_matrix(x, n_features=None, name="x"):
     """Return `x` as floats, or raise ValueError unless its shape is (N, F), F = `n_features` where given."""
     x = check.array(name, x)
-    if x.ndim != 2 or n_features not in (None, x.shape[1]):
+    if x.ndim != 2 or x.shape[1] == 0 or n_features not in (None, x.shape[1]):
         expected = f"(N, {'F' if n_features is None else n_features})"
         raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
     return x
@@ -51,6 +52,13 @@ class Standardizer:
     >>> scaler.transform(np.array([[1.0, 7.0], [5.0, 8.0]])).tolist()
     [[-1.0, 0.0], [3.0, 1.0]]
     """
+
+    moments_: Moments
+    mean_: np.ndarray
+    var_: np.ndarray
+    scale_: np.ndarray
+    n_samples_seen_: int
+    n_features_in_: int
 
     @classmethod
     def from_moments(cls, moments):
@@ -118,8 +126,10 @@ class Standardizer:
         var = moments.var()
         scale = np.sqrt(var)
         scale[var == 0] = 1.0
-        self.moments_, self.mean_, self.var_, self.scale_ = moments, moments.mean.copy(), var, scale
-        self.n_samples_seen_, self.n_features_in_ = int(moments.count), len(scale)
+        store(change(
+            self, moments_=moments, mean_=moments.mean.copy(), var_=var, scale_=scale,
+            n_samples_seen_=int(moments.count), n_features_in_=len(scale),
+        ))  # fmt: skip
 
     def __repr__(self):
         inner = f"{self.n_features_in_} features" if self.fitted else ""

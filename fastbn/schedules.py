@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from ._core import check
+from ._core.dispatch import optim_kernels
 
 __all__ = ["Schedule", "constant", "cosine", "exponential", "inverse_time", "step_decay"]
 
@@ -79,7 +80,7 @@ def step_decay(lr: float, factor: float, every: int, *, warmup: int = 0) -> Sche
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
     lr, factor, every = _rate("lr", lr), _factor(factor), check.count("every", every)
-    return _warmed(lr, warmup, lambda t: lr * factor ** (t // every))
+    return _warmed(lr, warmup, lambda t: lr * optim_kernels.power(factor, t // every))
 
 
 def exponential(lr: float, factor: float, *, warmup: int = 0) -> Schedule:
@@ -101,13 +102,14 @@ def exponential(lr: float, factor: float, *, warmup: int = 0) -> Schedule:
     0.125
     """
     lr, factor = _rate("lr", lr), _factor(factor)
-    return _warmed(lr, warmup, lambda t: lr * factor**t)
+    return _warmed(lr, warmup, lambda t: lr * optim_kernels.power(factor, t))
 
 
 def cosine(lr: float, steps: int, final: float = 0.0, *, warmup: int = 0) -> Schedule:
     """Return half a cosine from lr₀ at t = 0 to the final rate at t = steps, which then stays.
 
     final + (lr₀ − final)·(1 + cos(π·t/steps))/2, without restarts (Loshchilov & Hutter 2017, eq. 5).
+    The cosine is the C library's: its last bit may differ between systems.
 
     Parameters
     ----------

@@ -66,8 +66,7 @@ _state = _State()
 _openmp_at_import = openmp.max_threads()
 _default = _openmp_at_import if os.environ.get("OMP_NUM_THREADS") else min(_openmp_at_import, _usable_cpus())
 _chosen: int | None = None
-_used_threads = False  # has this process, or the one it was forked from, run more than one thread?
-_forked = False
+_serial = False  # after a fork that took place within a parallel region
 
 
 def get_num_threads() -> int:
@@ -75,10 +74,9 @@ def get_num_threads() -> int:
 
     In this order: the enclosing :func:`num_threads`, what :func:`set_num_threads` chose, else ``OMP_NUM_THREADS``, else
     the usable CPUs (affinity and the control group's quota). A lower limit set through OpenMP, as threadpoolctl does,
-    holds in any case. One without OpenMP, and in a child forked after the parent used threads (gcc's OpenMP runtime
-    would hang there).
+    holds in any case. One without OpenMP.
     """
-    if _forked or not openmp.version():
+    if _serial or not openmp.version():
         return 1
     wanted = _state.override or _chosen or _default
     limit = openmp.max_threads()
@@ -136,7 +134,6 @@ def num_threads(n: int) -> Iterator[None]:
 
 def budget(elements: int, requested: int | None = None) -> int:
     """Return the threads for a call on that many elements; `requested` (its ``num_threads=``) is taken as it is."""
-    global _used_threads
     if requested is None:
         n = elements // ELEMENTS_PER_THREAD
         if n < 2:
@@ -144,17 +141,25 @@ def budget(elements: int, requested: int | None = None) -> int:
         n = min(n, get_num_threads())
     else:
         n = check.count("num_threads", requested)
-        if _forked or not openmp.version():
+        if _serial or not openmp.version():
             return 1
-    if n > 1:
-        _used_threads = True
     return min(n, MOST)
 
 
-def _after_fork() -> None:
-    global _forked
-    _forked = _used_threads
+# A forked child has none of its parent's threads, but gcc's OpenMP runtime would go on waiting for them. So they end
+# before the fork, and parent and child start their own when they need some.
+_released = True
+
+
+def _before_fork() -> None:
+    global _released
+    _released = openmp.release()
+
+
+def _in_child() -> None:
+    global _serial
+    _serial = _serial or not _released
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)

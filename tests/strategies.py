@@ -19,7 +19,8 @@ LANES = 16
 BLOCK_NCS = 16384  # elements of a block, summed by runs
 BLOCK_LEAST, BLOCK_RC = 16384, 131072  # and by columns: an eighth of the array within these
 ROW_GROUP, SHORT_RUN = 8, 256  # so many rows of runs so short are summed by columns
-SIDE_BY_SIDE, COLUMNS = 256, 1024  # short rows lie side by side up to this width; long ones are cut to that
+SIDE_BY_SIDE = 256  # short rows lie side by side up to this width
+COLUMNS, SHORT_COLUMNS = 4096, 512  # long ones are cut to that; with runs, to this
 PER_THREAD = 32768  # elements that pay for a thread
 
 # (shape, channel axis): runs around the lanes and SHORT_RUN, few rows and many, one block and several
@@ -74,9 +75,13 @@ def heads(shape, axis):
     if c == 1:
         n, s = 1, n * s
     if s == 1 or (s <= SHORT_RUN and n >= ROW_GROUP and c > 1):
-        side = max(1, min(SIDE_BY_SIDE // (c * s), n))
+        side, whole = max(1, SIDE_BY_SIDE // (c * s)), LANES // math.gcd(c * s, LANES)  # so many rows are whole vectors
+        side = min(side - (side % whole if side >= whole else 0), n)
+        even = LANES // math.gcd(s, LANES)
+        even = min(even, 8) if even * s > 4 * SHORT_COLUMNS else even
+        tile = math.ceil(math.ceil(c / math.ceil(c * s / (COLUMNS if s == 1 else SHORT_COLUMNS))) / even) * even
         block = min(max(n * c * s // 8, BLOCK_LEAST), BLOCK_RC)
-        rows = max(ROW_GROUP, block // (side * min(c * s, COLUMNS))) * side
+        rows = max(ROW_GROUP, block // (side * min(c, tile) * s)) * side
         return np.arange(0, n, rows) * s
     if s <= BLOCK_NCS:
         return np.arange(0, n * s, BLOCK_NCS // s * s)

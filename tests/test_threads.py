@@ -1,4 +1,4 @@
-"""The number of threads: who decides it, what it may never change, and that forks and other threads live."""
+"""The number of threads: who decides it, what it may never change, and that other threads live."""
 
 import math
 import os
@@ -19,7 +19,6 @@ from fastbn._core import openmp
 
 PARALLEL = openmp.version() > 0
 needs_openmp = pytest.mark.skipif(not PARALLEL, reason="built without OpenMP: one thread is all there is")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 needs_task_list = pytest.mark.skipif(
     not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc to count threads"
 )
@@ -442,87 +441,6 @@ def test_nothing_above_the_mount_is_read(control_groups):
     assert control_groups.member_of("0::/job").v2("job", "max 100000").quota() == math.inf
 
 
-# ---- forks -------------------------------------------------------------------------------------------------
-
-FORK = """
-    import os, signal, warnings
-    import numpy as np
-    import fastbn
-
-    warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # Python says so itself from 3.12 on
-    x = (np.arange(300 * 512, dtype=np.float32) % 97).reshape(300, 512)
-
-    def work(n=None):
-        y, saved = fastbn.batch_norm_train(x, num_threads=n)
-        z = fastbn.batch_norm_infer(x, saved.mean, saved.var, num_threads=n)
-        dx = fastbn.batch_norm_backward(y, saved, num_threads=n)[0]
-        return y.tobytes() + z.tobytes() + dx.tobytes() + fastbn.Moments.of(x, num_threads=n).m2.tobytes()
-
-    def in_child(task):
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)  # a child that hangs is killed
-            os._exit(0 if task() else 3)
-        return os.waitpid(child, 0)[1]
-"""
-
-
-@needs_openmp
-@needs_fork
-def test_a_forked_child_works_after_the_parent_used_threads():
-    code = (
-        FORK
-        + """
-    expected = work(1)
-    assert work(4) == expected
-    fastbn.set_num_threads(4)
-    assert fastbn.get_num_threads() == 4
-    assert in_child(lambda: work() == expected) == 0
-    assert in_child(lambda: work(4) == expected) == 0
-    assert in_child(lambda: fastbn.get_num_threads() == 1) == 0
-    assert in_child(lambda: in_child(lambda: work(4) == expected) == 0) == 0
-    assert fastbn.get_num_threads() == 4 and work(4) == expected
-    """
-    )
-    run_python(code)
-
-
-@needs_openmp
-@needs_fork
-def test_a_child_forked_before_any_threads_may_use_them():
-    code = (
-        FORK
-        + """
-    expected = work(1)
-    assert in_child(lambda: work(4) == expected and fastbn.threads.budget(8, 4) == 4) == 0
-    """
-    )
-    run_python(code)
-
-
-@needs_openmp
-@needs_fork
-def test_pools_of_forked_processes_work_after_the_parent_used_threads():
-    code = """
-    import multiprocessing, signal, warnings
-    import numpy as np
-    import fastbn
-
-    warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-    x = (np.arange(300 * 512, dtype=np.float32) % 97).reshape(300, 512)
-
-    def work(n):
-        return fastbn.batch_norm_train(x, num_threads=n)[0].tobytes()
-
-    if __name__ == "__main__":
-        expected = work(4)
-        signal.alarm(60)
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map_async(work, [None, 1, 2, 4]).get(timeout=30) == [expected] * 4
-    """
-    run_python(code)
-
-
 # ---- at the same time --------------------------------------------------------------------------------------
 
 
@@ -577,6 +495,7 @@ def test_a_build_without_openmp_is_the_same_on_one_thread(tmp_path):
     pytest.importorskip("setuptools")
     ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
     shutil.copytree(ROOT / "fastbn", tmp_path / "fastbn", ignore=ignore)
+    shutil.copytree(ROOT / "licenses", tmp_path / "licenses")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tmp_path)

@@ -27,8 +27,10 @@ class _Lease:
 
     def __del__(self, kept: dict[int, np.ndarray] = _kept) -> None:  # bound early: at exit the globals go first
         kept[id(self.memory)] = self.memory
-        while sum(memory.nbytes for memory in list(kept.values())) > LIMIT:
-            kept.pop(next(iter(list(kept))), None)
+        for key in list(kept):  # the oldest first; another thread may have taken it meanwhile
+            if sum(memory.nbytes for memory in list(kept.values())) <= LIMIT:
+                break
+            kept.pop(key, None)
 
 
 def take(nbytes: int) -> np.ndarray:

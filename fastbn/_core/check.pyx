@@ -1,4 +1,4 @@
-# cython: language_level=3, annotation_typing=False, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: language_level=3, annotation_typing=False, initializedcheck=False, freethreading_compatible=True
 """The only place that raises on arrays. Every error names the argument, what was expected and what came.
 
 Compiled, since a call on a small array spends most of its time here.
@@ -6,7 +6,7 @@ Compiled, since a call on a small array spends most of its time here.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from libc.string cimport memcpy
 cnp.import_array()
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_LEAST, _MOST = -(2**63), 2**63 - 1  # integers
 _KERNELS = ("float16", "bfloat16", "float32", "float64")  # dtypes that have kernels
 _EXPECTED = "an array of float16, bfloat16, float32, float64 or integers"
 
@@ -206,15 +207,23 @@ def number(
 
 
 def count(name: str, value: Any, low: int | None = 1) -> int:
-    """Return an integer, of `low` or more unless that is None."""
+    """Return an integer of 64 bits, of `low` or more unless that is None."""
     expected = "an integer" if low is None else f"an integer of {low} or more"
     try:
         x = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
-    if isinstance(value, bool) or (low is not None and x < low):
+    if isinstance(value, bool) or not (_LEAST if low is None else low) <= x <= _MOST:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return x
+
+
+def iterator(name: str, value: Any, expected: str) -> Iterator[Any]:
+    """Return an iterator over `value` (an array of 0 dimensions is Iterable by its type, and is not)."""
+    try:
+        return iter(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}") from None
 
 
 def flag(name: str, value: Any) -> bool:

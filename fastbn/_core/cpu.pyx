@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """CPU features, read at import; compiled with baseline flags so that any CPU can ask."""
 
 cdef extern from "cpu.h" nogil:

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """BatchNorm kernels: threads and blocking over the spans of span.h; compiled once per instruction set.
 
 Every entry takes canonical arrays from layout.py, already checked; their number of dimensions says the layout:
@@ -7,7 +7,8 @@ Two ways to sum: a channel's long runs one after the other (ncs), or columns sid
 short runs, where a channel has s columns).
 
 Blocks are fixed by the shape alone and merged in their order, so the number of threads never changes a bit.
-Nothing here raises; inside a parallel region nothing allocates or takes the GIL.
+Inside a parallel region nothing allocates. Nothing here raises, but for what a signal's handler raises: the thread that
+called looks for signals every LOOK elements, so that Ctrl-C ends a long call too.
 """
 
 cimport numpy as cnp
@@ -76,7 +77,11 @@ cdef extern from "spans.h" nogil:
                        const double* m2_b)
     void finish_moments(Py_ssize_t c, double count, double eps, const double* m2, double* var, double* rstd)
     void invert_deviations(Py_ssize_t c, double eps, const double* var, double* rstd)
+    const int FASTBN_CHECKED
+    void expect(bint within, const char* what)
     void stream_fence()
+    bint flag(const int* p)
+    void set_flag(int* p)
     void copy_span(const char* source, char* target, Py_ssize_t size, int stream)
 
 # Part of the numerical contract, for they fix the order of the sums
@@ -94,6 +99,7 @@ cdef Py_ssize_t SHORT_RUN = layout.SHORT_RUN
 cdef enum:
     AHEAD = 1024        # bytes that the writing passes fetch ahead: 512 to 4,096 were alike
     STREAM_FROM = 1024  # bytes of a row whose first and last cache lines belong to others too
+    LOOK = 1 << 24      # elements that the calling thread works on between two looks for signals: some 10 ms
 cdef Py_ssize_t L2_BYTES = L2
 cdef Py_ssize_t L3_BYTES = L3
 
@@ -165,6 +171,8 @@ cdef struct Job:
     Py_ssize_t* prepared         # by columns: 2·tile + backward of each thread's parameters, or -1
     # how
     int relu, frozen, stream, prefetch, threads
+    int stopped                  # a signal's handler has raised: nothing matters any more
+    Py_ssize_t since             # elements since the last look
 
 
 cdef struct Block:
@@ -185,11 +193,26 @@ cdef inline char* element(const View* v, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t
     return NULL if v.data == NULL else v.data + i * v.n_stride + ch * v.c_stride + j * v.item
 
 
+cdef inline void inside(const View* v, const char* first, Py_ssize_t rows, Py_ssize_t stride,
+                        Py_ssize_t len) noexcept nogil:
+    # Rows of `len` elements, `stride` apart, lie within the array: checked in the build for that only
+    cdef Py_ssize_t low, high, at, end
+    if not FASTBN_CHECKED or v.data == NULL or rows <= 0 or len <= 0:
+        return
+    low = min(0, (v.n - 1) * v.n_stride) + min(0, (v.c - 1) * v.c_stride)
+    high = max(0, (v.n - 1) * v.n_stride) + max(0, (v.c - 1) * v.c_stride) + (v.s - 1) * v.item
+    at = first - v.data
+    end = at + (rows - 1) * stride
+    expect(low <= min(at, end) and max(at, end) + (len - 1) * v.item <= high, "elements of an array")
+
+
 cdef inline Py_ssize_t channels_of(const Job* job, Py_ssize_t tile) noexcept nogil:
     return min(job.tile, job.x.c - tile * job.tile)
 
 
 cdef inline char* parameters_of(const Job* job, Py_ssize_t tile, int thread) noexcept nogil:
+    if FASTBN_CHECKED:
+        expect(0 <= tile < job.tiles and 0 <= thread < max(1, job.threads), "a tile or a thread")
     return job.parameters + (thread if job.by_columns else tile) * PARAMETERS * job.pitch * job.spans.real_size
 
 
@@ -226,7 +249,7 @@ cdef void cut_columns(Job* job) noexcept nogil:
         even //= 2
     s = job.x.s
     job.by_columns = True
-    job.pieces = 1
+    job.pieces = job.group = 1
     job.piece = s
     job.side = max(1, SIDE_BY_SIDE // (c * s))
     row = LANES  # as many rows side by side make whole vectors
@@ -250,7 +273,8 @@ cdef object lay_out(Job* job, object x, int threads, bint sums=True):
     job.spans = spans_of(cnp.PyArray_ITEMSIZE(array), cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16)
     job.x = view_of(x)
     job.residual = job.dy = job.out = job.bits = job.incoming = view_of(None)
-    job.relu = job.frozen = job.stream = job.prefetch = False
+    job.relu = job.frozen = job.stream = job.prefetch = job.stopped = False
+    job.since = 0
     if cnp.PyArray_NDIM(array) == 2 or (sums and job.x.s <= SHORT_RUN and job.x.n >= TREE and job.x.c > 1):
         cut_columns(job)
         columns = job.side * min(job.x.c, job.tile) * job.x.s
@@ -317,7 +341,37 @@ cdef void prepare(const Job* job, Py_ssize_t tile, int backward, int thread) noe
         job.spans.expand(parameters, job.pitch, PARAMETERS if backward else DBETA_MEAN, channels, job.x.s, job.pitch)
 
 
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() nogil  # declared so, it leaves the exception set: the entry passes it on
+
+
+cdef bint going_on(const Job* job, Py_ssize_t elements, int thread) noexcept nogil:
+    # Before so many elements: look for signals now and then, where this is the thread that called
+    cdef Job* own = <Job*> job
+    if thread == 0:
+        own.since += elements
+        if own.since >= LOOK:
+            own.since = 0
+            with gil:
+                if PyErr_CheckSignals() != 0:
+                    set_flag(&own.stopped)
+    return not flag(&job.stopped)
+
+
+cdef int finish(const Job* job) except -1:
+    # Pass on what a signal's handler has raised
+    return -1 if job.stopped else 0
+
+
 # ---- one block of one tile ---------------------------------------------------------------------------------------
+
+cdef inline void inside_block(const Job* job, const View* v, Block block, Py_ssize_t ch,
+                              Py_ssize_t channels) noexcept nogil:
+    cdef Py_ssize_t q
+    if FASTBN_CHECKED:
+        for q in range(channels):
+            inside(v, element(v, block.row, ch + q, block.start), block.rows, v.n_stride, block.len)
+
 
 cdef void moments_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
     cdef Block block = block_of(job, b)
@@ -326,6 +380,7 @@ cdef void moments_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int threa
     cdef const char* x = element(&job.x, block.row, ch, block.start)
     cdef double* mean = job.first + b * job.x.c + ch
     cdef double* m2 = job.second + b * job.x.c + ch
+    inside_block(job, &job.x, block, ch, channels_of(job, tile))
     if job.by_columns:
         rc = job.spans.precise_rc if job.out.data == NULL else job.spans.moments_rc
         rc(x, block.rows, job.x.n_stride, job.x.c_stride, channels_of(job, tile), job.x.s, job.side,
@@ -344,6 +399,8 @@ cdef void reduce_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread
     cdef double* sum = job.first + b * job.x.c + ch
     cdef double* product = job.second + b * job.x.c + ch
     cdef char* parameters = parameters_of(job, tile, thread)
+    inside_block(job, &job.x, block, ch, channels_of(job, tile))
+    inside_block(job, &job.dy, block, ch, channels_of(job, tile))
     if job.by_columns:
         prepare(job, tile, False, thread)
         job.spans.reduce_rc(dy, x, block.rows, job.dy.n_stride, job.dy.c_stride, job.x.n_stride, job.x.c_stride,
@@ -359,10 +416,20 @@ cdef inline Py_ssize_t stride_of(const View* v, Py_ssize_t step) noexcept nogil:
     return step * v.n_stride if step else v.c_stride
 
 
+cdef inline void inside_rows(const Job* job, const View* v, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows,
+                             Py_ssize_t step, Py_ssize_t len) noexcept nogil:
+    inside(v, element(v, i, ch, j), rows, stride_of(v, step), len)
+
+
 cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
                      Py_ssize_t len, const char* parameters) noexcept nogil:
     # The output, y, or dx where there is a dy, in `len` elements from (i, ch, j) on, of `rows` rows `step` apart
     cdef Py_ssize_t next = 0 if step else PARAMETERS * job.pitch
+    inside_rows(job, &job.x, i, ch, j, rows, step, len)
+    inside_rows(job, &job.dy, i, ch, j, rows, step, len)
+    inside_rows(job, &job.residual, i, ch, j, rows, step, len)
+    inside_rows(job, &job.out, i, ch, j, rows, step, len)
+    inside_rows(job, &job.bits, i, ch, j, rows, step, len)
     if job.dy.data != NULL:
         job.spans.backward(element(&job.dy, i, ch, j), stride_of(&job.dy, step), element(&job.x, i, ch, j),
                            stride_of(&job.x, step), element(&job.out, i, ch, j), stride_of(&job.out, step), rows, len,
@@ -381,6 +448,9 @@ cdef void write_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, 
 cdef void mask_rows(const Job* job, Py_ssize_t i, Py_ssize_t ch, Py_ssize_t j, Py_ssize_t rows, Py_ssize_t step,
                     Py_ssize_t len, const char* parameters) noexcept nogil:
     # dy, from what came in and the bits
+    inside_rows(job, &job.incoming, i, ch, j, rows, step, len)
+    inside_rows(job, &job.bits, i, ch, j, rows, step, len)
+    inside_rows(job, &job.dy, i, ch, j, rows, step, len)
     job.spans.mask(element(&job.incoming, i, ch, j), step * job.incoming.n_stride, job.memory,
                    element(&job.bits, i, ch, j) - <char*> job.memory, step * job.bits.n_stride,
                    element(&job.dy, i, ch, j), step * job.dy.n_stride, rows, len, AHEAD)
@@ -396,6 +466,8 @@ cdef void each_row(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread, ro
     cdef Py_ssize_t ch = tile * job.tile, channels = channels_of(job, tile), s = job.x.s
     cdef Py_ssize_t i = block.row, end = block.row + block.rows, q
     cdef char* parameters = parameters_of(job, tile, thread)
+    if not going_on(job, block.rows * channels * block.len, thread):
+        return
     if not job.by_columns:
         rows(job, i, ch, block.start, block.rows, 1, block.len, parameters)
         return
@@ -458,6 +530,9 @@ cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcep
 
 
 cdef void sum_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) noexcept nogil:
+    cdef Block block = block_of(job, b)
+    if not going_on(job, block.rows * channels_of(job, tile) * block.len, thread):
+        return
     if job.dy.data == NULL:
         moments_block(job, b, tile, thread)
         return
@@ -544,7 +619,7 @@ cdef void write_task(const Job* job, Py_ssize_t t, int thread) noexcept nogil:
     if job.by_columns:
         prepare(job, t % job.tiles, job.dy.data != NULL, thread)
         each_row(job, t // job.tiles, t % job.tiles, thread, write_rows)
-    else:
+    elif going_on(job, min(job.group, job.x.c - ch) * job.piece, thread):
         write_rows(job, t // job.pieces // groups, ch, start, min(job.group, job.x.c - ch), 0,
                    min(job.piece, job.x.s - start), parameters_of(job, ch, thread))
 
@@ -591,6 +666,7 @@ def moments(x, mean, m2, int threads):
     with nogil:
         choose_paths(&job)
         sum_and_write(&job)
+    finish(&job)
 
 
 def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, bits, int threads):
@@ -611,6 +687,7 @@ def normalize(x, residual, y, gamma, beta, double eps, mean, var, bint relu, bit
         choose_paths(&job)
         invert_deviations(job.x.c, eps, job.var, job.rstd)
         write_all(&job)
+    finish(&job)
 
 
 cdef void use_bits(Job* job, tuple bits) noexcept:
@@ -642,6 +719,7 @@ def forward(x, residual, y, gamma, beta, double eps, mean, var, rstd, bint relu,
     with nogil:
         choose_paths(&job)
         sum_and_write(&job)
+    finish(&job)
 
 
 def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint frozen, bits, masked, int threads):
@@ -661,6 +739,7 @@ def backward(dy, x, dx, gamma, beta, mean, rstd, dgamma, dbeta, bint relu, bint 
     with nogil:
         choose_paths(&job)
         sum_and_write(&job)
+    finish(&job)
 
 
 def input_gradient(dy, x, dx, gamma, beta, mean, rstd, dgamma_mean, dbeta_mean, bint relu, bint frozen, int threads):
@@ -675,6 +754,7 @@ def input_gradient(dy, x, dx, gamma, beta, mean, rstd, dgamma_mean, dbeta_mean, 
     with nogil:
         choose_paths(&job)
         write_all(&job)
+    finish(&job)
 
 
 cdef void use_gradients(Job* job, object dy, object dx, object gamma, object beta, object mean, object rstd) noexcept:
@@ -699,5 +779,6 @@ def copy(x, y, int threads, stream=None):
     job.x.n = cnp.PyArray_NBYTES(<cnp.ndarray> y)
     job.stream = 2 * job.x.n >= L3_BYTES if stream is None else stream
     job.threads = threads
+    job.stopped = False
     with nogil:
         share_out(&job, copy_task, ceil_div(job.x.n, BLOCK_NCS), False)

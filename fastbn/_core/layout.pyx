@@ -1,4 +1,5 @@
-# cython: language_level=3, annotation_typing=False
+# cython: language_level=3, annotation_typing=False, freethreading_compatible=True
+# cython: boundscheck=True, wraparound=True
 """Find the smallest canonical problem in arrays of any axis and strides.
 
 The kernels know two layouts: ``ncs``, a 3-D view (batch, channel, contiguous run), and ``rc``, a 2-D view (rows,

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """What the OpenMP runtime says; without OpenMP, one thread."""
 
 cdef extern from *:
@@ -10,9 +10,15 @@ cdef extern from *:
     #define FASTBN_OPENMP 0
     static int omp_get_max_threads(void) { return 1; }
     #endif
+    #if FASTBN_OPENMP >= 201511
+    static int release_threads(void) { return omp_pause_resource_all(omp_pause_soft) == 0; }
+    #else
+    static int release_threads(void) { return FASTBN_OPENMP == 0; }
+    #endif
     """
     const int FASTBN_OPENMP
     int omp_get_max_threads() nogil
+    bint release_threads() nogil
 
 
 def version():
@@ -23,3 +29,11 @@ def version():
 def max_threads():
     """Return the threads OpenMP would use now: OMP_NUM_THREADS, or the limit set through threadpoolctl."""
     return omp_get_max_threads()
+
+
+def release():
+    """End the threads that OpenMP keeps for the calling thread, to be started anew when wanted; say whether it could."""
+    cdef bint released
+    with nogil:
+        released = release_threads()
+    return released

@@ -6,9 +6,12 @@ ELEMENTS_PER_CHUNK: int
 DTYPES: dict[str, int]
 
 class Table:
+    done: tuple[int, float]
     def __init__(self, params: list[np.ndarray], state: list[list[np.ndarray | None]]) -> None: ...
     @property
     def size(self) -> int: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
     def bind(self, grads: list[np.ndarray | None], first: int = 0) -> int: ...
     def holds(self, i: int) -> bool: ...
     def near(self, low: int, high: int) -> bool: ...
@@ -22,6 +25,7 @@ def sgd_flat(
     momentum: float,
     fresh: float,
     nesterov: bool,
+    done: tuple[int, float] | None,
     num_threads: int,
 ) -> None: ...
 def rmsprop_flat(
@@ -33,6 +37,7 @@ def rmsprop_flat(
     momentum: float,
     eps_inside: float,
     eps_outside: float,
+    done: tuple[int, float] | None,
     num_threads: int,
 ) -> None: ...
 def adam_flat(
@@ -46,5 +51,7 @@ def adam_flat(
     correction: float,
     eps_inside: float,
     eps_outside: float,
+    done: tuple[int, float] | None,
     num_threads: int,
 ) -> None: ...
+def power(base: float, exponent: int) -> float: ...

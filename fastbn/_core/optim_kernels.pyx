@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """Optimizer kernels: one parallel region for a whole list of arrays; compiled once per instruction set.
 
 A :class:`Table` describes the list once, when the optimizer is made: where every parameter and its state lie,
@@ -17,6 +17,16 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcmp
 
 cnp.import_array()
+
+cdef extern from *:
+    """
+    static int exchange(int *p, int value) { return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL); }
+    """
+    int exchange(int* p, int value)
+
+cdef extern from "vectors.h" nogil:
+    const int FASTBN_CHECKED
+    void expect(bint within, const char* what)
 
 cdef extern from "optim_span.h" nogil:
     enum: OPTIM_FLOAT32, OPTIM_FLOAT64, OPTIM_FLOAT16, OPTIM_BFLOAT16, OPTIM_SGD, OPTIM_RMSPROP, OPTIM_ADAM
@@ -82,6 +92,8 @@ cdef class Table:
     cdef Py_ssize_t* task            # (tasks + 1,), first chunk of each task: small arrays share one
     cdef double* partial             # (chunks,), sums of squares
     cdef readonly Py_ssize_t size
+    cdef public tuple done           # (steps, learning rate of the last): a kernel renews it with the parameters
+    cdef int busy                    # a thread is in a step
 
     def __cinit__(self, list params, list state):
         self.params, self.state, self.count = params, state, len(params)
@@ -108,6 +120,14 @@ cdef class Table:
         PyMem_Free(self.chunk)
         PyMem_Free(self.task)
         PyMem_Free(self.partial)
+
+    def __enter__(self):
+        """Begin what one thread at a time may do: the pointers to the gradients are the table's."""
+        if exchange(&self.busy, 1):
+            raise RuntimeError("optimizer: expected one call at a time, got another one in another thread")
+
+    def __exit__(self, *exception):
+        exchange(&self.busy, 0)
 
     cdef describe(self, Py_ssize_t i, cnp.ndarray p, list slots):
         cdef optim_parameter* a = &self.parameter[i]
@@ -163,7 +183,7 @@ cdef class Table:
             data = cnp.PyArray_DATA(g)
             ndim = cnp.PyArray_NDIM(p)
             if cnp.PyArray_TYPE(g) != cnp.PyArray_TYPE(p) or cnp.PyArray_NDIM(g) != ndim \
-                    or memcmp(cnp.PyArray_DIMS(g), cnp.PyArray_DIMS(p), ndim * sizeof(cnp.npy_intp)) \
+                    or (ndim and memcmp(cnp.PyArray_DIMS(g), cnp.PyArray_DIMS(p), ndim * sizeof(cnp.npy_intp))) \
                     or not cnp.PyArray_CHKFLAGS(g, layout) or not cnp.PyArray_ISNOTSWAPPED(g):
                 return i
             if data != self.apart[i]:
@@ -196,18 +216,22 @@ cdef class Table:
         return nbytes > 0 and left < self.occupied and self.owned[left].low < low + nbytes
 
 
-cdef void update(Table table, int method, const optim_rule* rule, int num_threads) noexcept:
+cdef void update(Table table, int method, const optim_rule* rule, tuple done, int num_threads) noexcept:
+    # The step and its count are one call: a KeyboardInterrupt comes before both or after both.
     cdef Py_ssize_t t
     cdef int threads = max(1, min(num_threads, table.tasks))
     with nogil:
         for t in prange(table.tasks, num_threads=threads, schedule="static"):
             update_task(table.parameter, table.chunk, table.task[t], table.task[t + 1], method, rule)
+    table.done = done
 
 
 cdef void update_task(const optim_parameter* parameter, const Chunk* chunk, Py_ssize_t first, Py_ssize_t end,
                       int method, const optim_rule* rule) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(first, end):
+        if FASTBN_CHECKED:
+            expect(0 <= chunk[c].start and chunk[c].start + chunk[c].n <= parameter[chunk[c].parameter].size, "a chunk")
         optim_update(&parameter[chunk[c].parameter], chunk[c].start, chunk[c].n, method, rule)
 
 
@@ -257,6 +281,30 @@ cdef double factor(double limit, double squares) noexcept:
     return limit / norm if norm > limit else 1.0
 
 
+cdef inline (double, double) times(double a, double a_low, double b, double b_low) noexcept:
+    # the product of two pairs high + low: Dekker 1971, with Veltkamp's splitting; no FMA, so the same everywhere
+    cdef double p = a * b, t = 134217729.0 * a, u = 134217729.0 * b  # 2²⁷ + 1
+    cdef double a1 = t - (t - a), b1 = u - (u - b)
+    cdef double a2 = a - a1, b2 = b - b1
+    cdef double error = ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2 + (a * b_low + a_low * b)
+    cdef double high = p + error
+    return high, error - (high - p)
+
+
+def power(double base, Py_ssize_t exponent):
+    """Return base**exponent of a base in [0, 1] and an exponent of 0 or more, the same on every CPU.
+
+    The C library's pow is not: glibc's gives other last bits where there is FMA.
+    """
+    cdef double high = 1, low = 0, square = base, square_low = 0
+    while exponent:
+        if exponent & 1:
+            high, low = times(high, low, square, square_low)
+        square, square_low = times(square, square_low, square, square_low)
+        exponent >>= 1
+    return high
+
+
 def clip_flat(Table table, double limit, bint whole, int num_threads):
     """Set every gradient's factor by one read of them: c/‖g‖ where ‖g‖ > c; `whole`: ‖·‖ over all arrays.
 
@@ -269,28 +317,28 @@ def clip_flat(Table table, double limit, bint whole, int num_threads):
 
 
 def sgd_flat(Table table, double lr, double clip_value, double decay, double momentum, double fresh,
-             bint nesterov, int num_threads):
+             bint nesterov, tuple done, int num_threads):
     """One step of SGD; slots: momentum_buffer, or none without momentum."""
     cdef optim_rule rule = optim_rule(
         lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=fresh,
         beta1=0, beta2=0, correction=1, eps_inside=0, eps_outside=0, nesterov=nesterov)
-    update(table, OPTIM_SGD, &rule, num_threads)
+    update(table, OPTIM_SGD, &rule, done, num_threads)
 
 
 def rmsprop_flat(Table table, double lr, double clip_value, double decay, double alpha, double momentum,
-                 double eps_inside, double eps_outside, int num_threads):
+                 double eps_inside, double eps_outside, tuple done, int num_threads):
     """One step of RMSprop; slots: square_avg, momentum_buffer with momentum, grad_avg where centered."""
     cdef optim_rule rule = optim_rule(
         lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=1,
         beta1=0, beta2=alpha, correction=1, eps_inside=eps_inside, eps_outside=eps_outside, nesterov=False)
-    update(table, OPTIM_RMSPROP, &rule, num_threads)
+    update(table, OPTIM_RMSPROP, &rule, done, num_threads)
 
 
 def adam_flat(Table table, double lr, double clip_value, double decay, double shrink, double beta1,
-              double beta2, double correction, double eps_inside, double eps_outside, int num_threads):
+              double beta2, double correction, double eps_inside, double eps_outside, tuple done, int num_threads):
     """One step of Adam, lr divided by 1−β₁ᵗ; slots: exp_avg, exp_avg_sq, max_exp_avg_sq for AMSGrad."""
     cdef optim_rule rule = optim_rule(
         lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=shrink, momentum=0, fresh=1,
         beta1=beta1, beta2=beta2, correction=correction, eps_inside=eps_inside, eps_outside=eps_outside,
         nesterov=False)
-    update(table, OPTIM_ADAM, &rule, num_threads)
+    update(table, OPTIM_ADAM, &rule, done, num_threads)

@@ -218,7 +218,7 @@ INLINE void FN(shifted_sums)(const char *x, ptrdiff_t rows, ptrdiff_t stride, pt
  * else the mean in R. Values are added as a tree and in float64, so the mean of equal ones is exact. */
 INLINE R FN(shift)(double mean, double square_mean) {
     const int small = mean * mean <= SHIFT_LIMIT / (1 + SHIFT_LIMIT) * square_mean;
-    return (R)(small & (square_mean > 0) & (square_mean <= DBL_MAX) ? 0 : mean);
+    return (R)((small & (square_mean > 0) & (square_mean <= DBL_MAX)) ? 0 : mean);
 }
 
 /* From up to LANES neighbours at TREE places all over the rows of a channel, at SAMPLE_TREES as many in a large block */
@@ -245,7 +245,8 @@ INLINE R FN(guess)(const char *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t le
             }
         }
     const double count = (double)(take * trees);
-    return FN(shift)(sum_lanes(sum) / count, sum_lanes(squares) / count);
+    for (int q = 0; q < PARTS; q++) sum[q] /= count; /* before they are added: a constant may be the largest number */
+    return FN(shift)(sum_lanes(sum), sum_lanes(squares) / count);
 }
 /* The same for each column of an array, from rows all over it, or, where it is small and parts of it are in other cores'
  * caches, the first ones. work: 2·(c + LANES) */

@@ -9,6 +9,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -132,6 +134,7 @@ INLINE unsigned get_bits(const uint8_t *bits, ptrdiff_t at, ptrdiff_t count) {
 
 /* Store past the cache; p is aligned to `bytes`, the size of the vector. */
 INLINE void stream_bytes(void *p, const void *v, size_t bytes) {
+#if !defined(__SANITIZE_ADDRESS__) /* GCC's sees plain stores alone */
 #if defined(__AVX512F__)
     if (bytes == 64) { __m512i t; memcpy(&t, v, 64); _mm512_stream_si512((__m512i *)p, t); return; }
 #endif
@@ -142,6 +145,7 @@ INLINE void stream_bytes(void *p, const void *v, size_t bytes) {
     if (bytes == 16) { __m128i t; memcpy(&t, v, 16); _mm_stream_si128((__m128i *)p, t); return; }
     if (bytes == 8) { long long t; memcpy(&t, v, 8); _mm_stream_si64((long long *)p, t); return; }
 #endif
+#endif
     memcpy(p, v, bytes);
 }
 
@@ -151,6 +155,20 @@ static void copy_span(const char *source, char *target, ptrdiff_t size, int stre
         for (; i + VECTOR_BYTES <= size; i += VECTOR_BYTES) stream_bytes(target + i, source + i, VECTOR_BYTES);
     memcpy(target + i, source + i, size - i);
 }
+
+/* Built with FASTBN_BOUNDSCHECK=1: whether what a kernel hands to a span lies within its array */
+#ifndef FASTBN_CHECKED
+#define FASTBN_CHECKED 0
+#endif
+static void expect(int within, const char *what) {
+    if (within) return;
+    fprintf(stderr, "fastbn: out of bounds: %s\n", what);
+    abort();
+}
+
+/* A flag between threads: whatever else they see, they see it sooner or later. */
+INLINE int flag(const int *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+INLINE void set_flag(int *p) { __atomic_store_n(p, 1, __ATOMIC_RELAXED); }
 
 /* Make streamed stores visible to the other threads. */
 INLINE void stream_fence(void) {

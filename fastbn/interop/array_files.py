@@ -6,13 +6,16 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
+
+from .untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
-LARGEST_SMALL = 1 << 30  # bytes that any .npz may grow to; a larger one to a hundred times itself
 
 
 class State(dict[str, np.ndarray]):
@@ -61,7 +64,7 @@ def save(state: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
     state : mapping of str to ndarray
         The `metadata` of a `State` goes into a safetensors file.
     path : str or path
-        An existing file is replaced.
+        An existing file is replaced, once the new one is whole.
 
     Raises
     ------
@@ -73,13 +76,12 @@ def save(state: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
         safetensors, or PyTorch, is not installed.
     """
     path = Path(path)
-    match _suffix(path):
-        case ".npz":
-            _save_npz(state, path)
-        case ".safetensors":
-            _save_safetensors(state, path)
-        case _:
-            _save_state_dict(state, path)
+    write = {".npz": _save_npz, ".safetensors": _save_safetensors}.get(_suffix(path), _save_state_dict)
+    with replacing(path) as temporary:
+        try:
+            write(state, temporary)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: expected dtypes that {path.suffix} can hold, got {error}") from error
 
 
 def _suffix(path: Path) -> str:
@@ -88,36 +90,53 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
+def _most(path: Path) -> int:
+    """Return how many bytes the contents of a file may grow to."""
+    return max(LARGEST_SMALL, GROWTH * path.stat().st_size)
+
+
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
             if not zipfile.is_zipfile(file):
                 raise ValueError("it is no zip file, or truncated")
             with zipfile.ZipFile(file) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-            if size > max(LARGEST_SMALL, 100 * path.stat().st_size):
-                raise ValueError(f"it would grow to {size:,} bytes")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
-        for name, array in found.items():
-            if not isinstance(array, np.ndarray):
-                raise ValueError(f"{name} is no array")
-        return found
-    except (ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError, SyntaxError) as error:
-        raise ValueError(f"{path}: expected an .npz file, got one that cannot be read: {error}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected an .npz file, got a damaged one: {error}") from error
+                check_archive(archive, _most(path))
+                return {m.filename.removesuffix(".npy"): _load_npy(archive, m) for m in archive.infolist()}
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: expected an .npz file, got a damaged one: {error}") from error
+        except Exception as error:  # zipfile, tokenize and NumPy raise a dozen kinds for damaged bytes
+            raise ValueError(f"{path}: expected an .npz file, got one that cannot be read: {error}") from error
+
+
+def _load_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Load an array whose data are as long as its header says: memory is never taken for what is not there."""
+    name = member.filename
+    if not name.endswith(".npy"):
+        raise ValueError(f"{name} is no array")
+    with archive.open(member) as file:
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        if (version := npy.read_magic(file)) not in readers:
+            raise ValueError(f"{name} is no array of numbers (.npy version {version})")
+        shape, _, dtype = readers[version](file)
+        size = member.file_size - file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name}: Object arrays cannot be loaded, nothing is unpickled")
+    if not dtype.itemsize or dtype.itemsize * prod(shape) != size:
+        raise ValueError(f"{name} has {size} bytes, not those of {str(dtype)[:60]} of shape {str(shape)[:60]}")
+    with archive.open(member) as file:
+        array = npy.read_array(file, allow_pickle=False)
+        file.read(1)  # at the end of the member zipfile compares the checksum
+    return array
 
 
 def _save_npz(state: Mapping[str, np.ndarray], path: Path) -> None:
-    for name, array in state.items():
-        if array.dtype.isbuiltin == 2:  # bfloat16: its name would be lost
-            raise ValueError(f"{path}: expected dtypes that .npz can hold, got {array.dtype} in {name}")
     with zipfile.ZipFile(path, "w") as archive:  # np.savez cannot name an array "file"
         for name, array in state.items():
+            if array.dtype.isbuiltin == 2:  # bfloat16: its name would be lost
+                raise ValueError(f"{array.dtype} in {name}")
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                npy.write_array(member, array, allow_pickle=False)
 
 
 def _safetensors() -> Any:
@@ -141,7 +160,9 @@ def _load_safetensors(path: Path) -> State:
                     state[name] = file.get_tensor(name)
                 except (AttributeError, TypeError, KeyError) as error:
                     raise ValueError(f"NumPy has no dtype for {name} ({error})") from error
-    except (ValueError, MemoryError, safetensors.SafetensorError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # its own, NumPy's and json's
         raise ValueError(f"{path}: expected a safetensors file, got one that cannot be read: {error}") from error
     return state
 
@@ -149,11 +170,11 @@ def _load_safetensors(path: Path) -> State:
 def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
     safetensors = _safetensors()
     metadata = getattr(state, "metadata", None)
-    try:  # it writes the memory as it lies
-        rows = {name: np.asarray(array, order="C") for name, array in state.items()}
+    rows = {name: np.asarray(array, order="C") for name, array in state.items()}  # it writes the memory as it lies
+    try:
         safetensors.numpy.save_file(rows, path, metadata=None if metadata is None else dict(metadata))
-    except (ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: expected dtypes that safetensors can hold: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -165,6 +186,9 @@ def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
         name = "state_dict" if "state_dict" in inner else inner[0]
         advice = f"torch.save what it holds under {name!r} as a file of its own"
         raise ValueError(f"{path}: expected a state dict, got a checkpoint with one in it: {advice}")
+    tensors = [value for value in state.values() if hasattr(value, "element_size")]  # whose strides may be 0
+    if (size := sum(tensor.numel() * tensor.element_size() for tensor in tensors)) > _most(path):
+        raise ValueError(f"{path}: expected a state dict, got one that would grow to {size:,} bytes")
     for name, tensor in state.items():
         try:
             arrays[name] = to_array(tensor)

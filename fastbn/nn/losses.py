@@ -37,6 +37,7 @@ def softmax(logits):
     return np.exp(_log_softmax(logits)).astype(logits.dtype)
 
 
+@np.errstate(all="ignore")
 def _log_softmax(logits):
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
 """A stack of layers, trained, used, folded and kept as one."""
 
-from collections.abc import Iterable
-
+from .._core import check
+from ..interrupts import interrupt_deferred
 from ..preprocessing import as_matrix
 from . import folding, storage, training
 from .activations import ReLU
@@ -93,9 +93,10 @@ class Sequential:
 
     def train(self, mode=True):
         """Set training mode (or, with False, inference) in every layer; return self."""
-        self.training = bool(mode)
-        for layer in self.layers:
-            layer.train() if mode else layer.eval()
+        with interrupt_deferred():
+            self.training = bool(mode)
+            for layer in self.layers:
+                layer.train() if mode else layer.eval()
         return self
 
     def eval(self):
@@ -195,10 +196,9 @@ class Sequential:
             For batches that do not fit, and for a BatchNorm with track_running_stats=False. Whatever is
             raised, by `batches` itself too, changes nothing; nor do no batches.
         """
-        if method not in ("pooled", "paper"):
+        if not isinstance(method, str) or method not in ("pooled", "paper"):
             raise ValueError(f"method: expected 'pooled' or 'paper', got {method!r}")
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"batches: expected an iterable of arrays, got {type(batches).__name__}")
+        batches = check.iterator("batches", batches, "an iterable of arrays")
         values = [as_matrix(x, self.n_in, f"batches[{i}]") for i, x in enumerate(batches)]
         replacements = []
         for index, layer in enumerate(self.layers):
@@ -212,8 +212,9 @@ class Sequential:
                 replacements.append((layer, renewed.state_dict()))
                 forward = renewed.infer if method == "pooled" else layer.clone().train()
             values = [forward(x) for x in values]
-        for layer, state in replacements:
-            layer.load_state_dict(state)
+        with interrupt_deferred():
+            for layer, state in replacements:
+                layer.load_state_dict(state)
         return self
 
     def fold(self):

@@ -14,11 +14,13 @@ from math import prod
 import numpy as np
 from numpy.lib import format as npy
 
+from ..interrupts import interrupt_deferred
 from .activations import ReLU, Sigmoid, Tanh
 from .layers import BatchNorm, Dense, Standardizer
 
 FORMAT, VERSION = "fastbn.nn", 1
 ARCHITECTURE = "architecture"
+LARGEST_SMALL, GROWTH = 1 << 30, 100  # bytes that any file may grow to; a larger one by that factor
 LAYERS = {layer.__name__: layer for layer in (Dense, BatchNorm, Standardizer, ReLU, Sigmoid, Tanh)}
 
 
@@ -49,6 +51,7 @@ def read(path, build):
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
+                _check_sizes(archive, os.path.getsize(path))
                 return _read(archive, build)
         except Exception as error:  # zipfile, zlib, json and NumPy raise a dozen kinds for damaged bytes
             raise ValueError(f"{path}: expected a model saved by fastbn.nn: {_reason(error)}") from error
@@ -56,6 +59,16 @@ def read(path, build):
 
 def _reason(error):
     return f"missing {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+
+
+def _check_sizes(archive, nbytes):
+    """Refuse an archive that would grow far beyond its size, by what it says or by ways to pack that do not say."""
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename}: expected stored or deflated, got compression {member.compress_type}")
+    size = sum(member.file_size for member in archive.infolist())
+    if size > max(LARGEST_SMALL, GROWTH * nbytes):
+        raise ValueError(f"expected arrays, got what would grow to {size:,} bytes")
 
 
 def _read(archive, build):
@@ -150,8 +163,9 @@ def load_state(layers, state, n_in=None):
             layer.from_config(layer.config()).load_state_dict(checked[-1])  # on trial: it may refuse values
         except ValueError as error:
             raise ValueError(f"layers[{index}] ({type(layer).__name__}): {error}") from error
-    for layer, part in zip(layers, checked, strict=True):
-        layer.load_state_dict(part)
+    with interrupt_deferred():
+        for layer, part in zip(layers, checked, strict=True):
+            layer.load_state_dict(part)
 
 
 def check_path(path):

@@ -1,11 +1,8 @@
 """The training loop: shuffle, forward, loss, backward, step, once per mini-batch; then validation."""
 
-import signal
-import threading
-from contextlib import contextmanager
-
 import numpy as np
 
+from ..interrupts import interrupt_deferred
 from ..preprocessing import as_matrix
 from .activations import Sigmoid
 from .base import make_rng, positive_int
@@ -49,8 +46,9 @@ def fit(model, x, y, *, loss, optimizer, epochs, batch_size, validation_data, pr
                     bar.batch()
                 figures = np.average(results, axis=0, weights=sizes).tolist()
                 figures += _measure(*validation, loss) if validation else []
-                for name, figure in zip(history, figures, strict=True):
-                    history[name].append(figure)
+                with interrupt_deferred():
+                    for name, figure in zip(history, figures, strict=True):
+                        history[name].append(figure)
                 bar.epoch(history)
     finally:
         model.eval()
@@ -78,6 +76,7 @@ def _measure(layers, x, targets, loss):
     return _figures(loss, x, targets)[0]
 
 
+@np.errstate(all="ignore")
 def _figures(loss, outputs, targets):
     """Return [loss] or [loss, accuracy], and the gradient of the loss by the outputs."""
     loss = get_loss(loss)
@@ -131,31 +130,3 @@ def split(n, batch_size, merge_single):
     if merge_single and len(starts) > 1 and n - starts[-1] == 1:
         starts.pop()
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], n], strict=True)]
-
-
-@contextmanager
-def interrupt_deferred():
-    """Hold Ctrl-C back until the block ends, so that it falls between two mini-batches; a second one acts.
-
-    Interrupted within, an optimizer would leave some parameters before the step and some after it. Other
-    threads than the main one never see the signal, and a handler that is not a Python function is left
-    alone.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received = []
-
-    def hold(*arguments):
-        received.append(arguments)
-        if len(received) > 1:
-            handler(*arguments)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])

@@ -7,6 +7,7 @@ sizes formulas, its names names.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -14,12 +15,22 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-_CALL = r"[A-Z]\w*|oo|int_oo|true|false|ceiling|floor"  # the classes of formulas: Symbol, Add, Mul, Mod, FloorDiv, ...
+from ..untrusted import check_archive, replacing
+
+_CALLS = {  # the classes of formulas; none that computes a number too long to hold, as LShift and PowByNatural can
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "PythonMod", "ModularIndexing", "Max", "Min",
+    "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "FloatTrueDiv", "CeilToInt", "FloorToInt", "RoundToInt",
+    "TruncToInt", "TruncToFloat", "ToFloat", "IsNonOverlappingAndDenseIndicator", "Identity", "Where", "Piecewise",
+    "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan",
+    "GreaterThan", "And", "Or", "Not", "True", "False", "oo", "int_oo", "true", "false", "ceiling", "floor",
+}  # fmt: skip
+LARGEST_POWER = 1000  # what the exponents of a formula multiply to at most
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'(, \w+=(True|False))*\)|Integer\(-?\d+\)|Float\('-?[\d.e+-]+', \w+=\d+\)")
 _LENGTH = re.compile(r"L(\['\w+'\]|\[\d+\])+\.(size\(\)|shape)\[\d+\]")  # L['x'].size()[0]
@@ -51,9 +62,9 @@ def load(path: str | os.PathLike[str]) -> ExportedProgram:
     try:
         _inspect(content, os.fspath(path))
         return torch.export.load(io.BytesIO(content))
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{os.fspath(path)}: "):
+            raise
         raise ValueError(f"{os.fspath(path)}: expected an exported program (.pt2), got {_line(error)}") from error
 
 
@@ -75,7 +86,8 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
     if not os.fspath(path).endswith(".pt2"):
         raise ValueError(f"path: expected a name that ends in .pt2, got {os.fspath(path)!r}")
-    torch.export.save(program, path)
+    with replacing(Path(path)) as temporary:
+        torch.export.save(program, temporary)
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -100,11 +112,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = os.fspath(path)
     with open(path, "rb") as file:
         content = file.read()
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        try:
-            members = zipfile.ZipFile(io.BytesIO(content)).namelist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{name}: expected a state dict, got a broken file ({_line(error)})") from error
+    if content[:4] == b"PK\3\4":  # as PyTorch tells the two formats apart
+        members = _members(content, f"{name}: expected a state dict")
         if any(member.endswith("constants.pkl") for member in members):
             raise ValueError(f"{name}: expected a state dict, got a TorchScript archive; {_ADVICE}")
         if any(member.endswith("archive_format") for member in members):
@@ -128,7 +137,8 @@ def save_state_dict(state: dict[str, Any], path: str | os.PathLike[str]) -> None
     state : dict
     path : str or path
     """
-    torch.save(state, path)
+    with replacing(Path(path)) as temporary:
+        torch.save(state, temporary)
 
 
 _ADVICE = "export the module with torch.export.export and torch.export.save it as .pt2"
@@ -138,13 +148,23 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def _members(content: bytes, expected: str) -> list[str]:
+    """Return the names of an archive's members; they are no longer than the file, PyTorch compresses nothing."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            check_archive(archive, len(content))
+            return archive.namelist()
+    except Exception as error:  # zipfile has several
+        raise ValueError(f"{expected}, got a broken file ({_line(error)})") from error
+
+
 def _inspect(content: bytes, path: str) -> None:
     """Raise ValueError where a file holds what must not be loaded."""
 
     def refuse(what: str) -> None:
         raise ValueError(f"{path}: expected an exported program with plain tensors (.pt2), got {what}, not loaded")
 
-    if "version" in zipfile.ZipFile(io.BytesIO(content)).namelist():
+    if "version" in _members(content, f"{path}: expected an exported program (.pt2)"):
         refuse("an older format")  # which torch.export.load turns to where it fails, and unpickles
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))
     names = reader.get_all_records()
@@ -179,7 +199,8 @@ def _check(tree: Any, refuse: Any) -> None:
             if not _is_formula(text):
                 refuse(f"the size {text[:60]!r}, which is no formula")
         elif key == "guards_code":
-            if not re.fullmatch(r"([\d\s()+*/<>=!%.-]|\b(and|or|not|min|max)\b)*", _LENGTH.sub("0", text)):
+            plain = re.fullmatch(r"([\d\s()+*/<>=!%.-]|\b(and|or|not|min|max)\b)*", _LENGTH.sub("0", text))
+            if not plain or _grows(text):
                 refuse(f"the guard {text[:60]!r}, which is no formula")
         elif key in ("in_spec", "out_spec"):
             _check(json.loads(text), refuse)
@@ -215,7 +236,26 @@ def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_formula(text: str) -> bool:
-    """Say whether nothing but numbers, symbols and the classes of formulas stands in `text`."""
+    """Say whether nothing but numbers, symbols and the classes of formulas stands in `text`, and no huge power."""
     rest = _SYMBOL.sub("0", text)
     plain = re.fullmatch(r"[\w\s(),+*/<>=&|~-]*", rest) is not None and "__" not in rest
-    return plain and all(re.fullmatch(_CALL, word) or re.fullmatch(r"[a-z]+\d+", word) for word in _WORD.findall(rest))
+    known = all(word in _CALLS or re.fullmatch(r"[a-z]+\d+", word) for word in _WORD.findall(rest))
+    return plain and known and not _grows(text) and _power(text) <= LARGEST_POWER
+
+
+def _power(text: str) -> float:
+    """Return what the exponents in a formula multiply to; infinity where one is not a digit, or all is no formula."""
+    product = 1.0
+    try:
+        for node in ast.walk(ast.parse(text, mode="eval")):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Pow":
+                digit = re.fullmatch(r"Integer\(-?(\d)\)", ast.unparse(node.args[-1])) if node.args else None
+                product *= max(1, int(digit[1])) if digit else float("inf")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return float("inf")
+    return product
+
+
+def _grows(text: str) -> bool:
+    """Say whether short text stands for a number that takes for ever: 9**9**9, 1 << 10**10, or just its digits."""
+    return any(operator in text for operator in ("**", "<<", ">>")) or re.search(r"\d{30}", text) is not None

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ... import threads
 from ..._core.dispatch import optim_kernels
+from ...interrupts import interrupt_deferred
 from .optim_plans import Grads, Plan, Slots, check_apart, check_parameter, named, state_dtype
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
@@ -134,15 +135,17 @@ class _Fused(torch.optim.Optimizer):
             updated += compress(plan.members, active[-1])
         torch.autograd.graph.increment_version(updated)
         # Nothing is refused from here on.
-        if plans is not self._plans:
-            self._keep(plans)
-        for plan in plans:
-            plan.load_copies()
-        for call in calls:
-            call.plan.table.bind(call.grads)
-            call.kernel(call.plan.table, *call.numbers, call.num_threads)
-        for plan, there in zip(plans, active, strict=True):
-            plan.finish(there)
+        with interrupt_deferred():
+            if plans is not self._plans:
+                self._keep(plans)
+            for plan in plans:
+                plan.load_copies()
+            for call in calls:
+                with call.plan.table:
+                    call.plan.table.bind(call.grads)
+                    call.kernel(call.plan.table, *call.numbers, None, call.num_threads)
+            for plan, there in zip(plans, active, strict=True):
+                plan.finish(there)
         return loss
 
     def _calls(self, plan: Plan, group: dict[str, Any], grads: Grads, active: list[bool]) -> list[_Call]:
@@ -328,9 +331,9 @@ class _AdamUpdate(_Fused):
     def _rule(self, group: dict[str, Any], phase: float) -> tuple[Callable[..., None], tuple[float, ...]]:
         lr, decay, eps = float(group["lr"]), float(group["weight_decay"]), float(group["eps"])
         beta1, beta2 = map(float, group["betas"])
-        t = phase + 1
+        t, power = int(phase) + 1, optim_kernels.power  # Python's is the C library's, which differs from CPU to CPU
         coupled, shrink = (0.0, lr * decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-        corrected = lr / (1 - beta1**t), _NO_CLIPPING, coupled, shrink, beta1, beta2, 1 / (1 - beta2**t)
+        corrected = lr / (1 - power(beta1, t)), _NO_CLIPPING, coupled, shrink, beta1, beta2, 1 / (1 - power(beta2, t))
         return optim_kernels.adam_flat, (*corrected, 0.0, eps)
 
 
