@@ -81,7 +81,8 @@ examples:
   fastbn fold net.safetensors out.safetensors
   fastbn fold net.safetensors out.safetensors --pairs bn1=conv1,bn2=conv2 --transposed none
 
-exit codes: 0 done; 1 the models differ, nothing is written; 2 bad input, nothing is written; 130 interrupted"""
+exit codes: 0 done; 1 the models differ, nothing is written; 2 bad input, nothing is written; 130 interrupted;
+143, 129 ended by SIGTERM, SIGHUP"""
 
 
 def _add_fold(commands: Any) -> None:

@@ -8,7 +8,8 @@ import threading
 import time
 
 # CPython looks for signals when a frame starts, after a call, and when it jumps back.
-LOOKS = {code for name, code in dis.opmap.items() if any(part in name for part in ("CALL", "JUMP", "RESUME"))}
+STARTS = "CALL", "RESUME", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "JUMP_ABSOLUTE"
+LOOKS = {code for name, code in dis.opmap.items() if name.startswith(STARTS) and "INTRINSIC" not in name}
 
 
 def interrupt(call, number):

@@ -256,11 +256,12 @@ def moments_update(rng, size):
 def moments_merge(rng, size):
     c = int(rng.integers(1, 9))
     x, other = rng.normal(5, 2, (2, int(rng.integers(2, 40)), c))
-    m = fastbn.Moments.of(x)
+    m, before = maybe(rng, (fastbn.Moments(c), other[:0]), (fastbn.Moments.of(x), x))
 
     def holds(a, result):
         assert result is m
-        return hold_moments(m, np.concatenate([x, other]), 1)
+        assert not np.shares_memory(m.mean, a["other"].mean)
+        return hold_moments(m, np.concatenate([before, other]), 1)
 
     return Call(m.merge, {"other": fastbn.Moments.of(other)}, holds, state=m)
 

@@ -127,7 +127,7 @@ def some_optimizer(rng, size):
     longest = maybe(rng, 3, 4 + int(size**0.5))
     shapes = [tuple(map(int, rng.integers(1, longest, rng.integers(0, 3)))) for _ in range(3)]
     dtype, (method, options) = maybe(rng, *DTYPES), maybe(rng, *VARIANTS)
-    options = options | maybe(rng, *CLIPPINGS)
+    options = options | maybe(rng, *CLIPPINGS) | maybe(rng, {}, {"schedule": optim.inverse_time(0.1, 0.5)})
     params = some_arrays(rng, shapes, dtype)
     follows = Reference(method, params, unit=reference.unit(dtype), **options)
     opt = getattr(optim, method)(params, **options)

@@ -25,7 +25,7 @@ ROWS = [
     {"layer", "fold", "optim", "preprocessing", "config"},
     {"affine"},
     {"norm", "schedules"},
-    {"threads", "interrupts"},
+    {"threads", "interrupts", "untrusted"},
     {"_core"},
     {"_version"},
 ]

@@ -123,6 +123,8 @@ class TestOnnx:
             "k0 = ConstantOfShape<value = float[1] {1.0}>(some) k1 = Concat<axis=0>(k0, k0, k0, k0, k0, k0, k0, k0) "
             "k2 = Concat<axis=0>(k1, k1, k1, k1, k1, k1, k1, k1) k = Concat<axis=0>(k2, k2, k2, k2, k2, k2, k2, k2)",
             "k = Gather(row, wide)",
+            " ".join(f"k{i} = ConstantOfShape<value = float[1] {{1.0}}>(eight)" for i in range(32))
+            + f" k = Sum({', '.join(f'k{i}' for i in range(32))})",
         ],
     )  # fmt: skip
     def test_constants_that_grow(self, constant, peak):
@@ -130,7 +132,7 @@ class TestOnnx:
         arrays = {
             "many": np.array([1 << 16, 1 << 16]), "some": np.array([1 << 20]), "one": np.ones(1, np.float32),
             "column": np.ones((1 << 14, 1), np.float32), "row": np.ones((1, 1 << 14), np.float32),
-            "wide": np.zeros((1 << 14), np.int64),
+            "wide": np.zeros(1 << 14, np.int64), "eight": np.array([1 << 23]),
         }  # fmt: skip
         text = f"(T[n,4] x) => (T[n,4] y, T[a,b] z) {{ c = Gemm(x, w) y = BN(c, p) {constant} z = Mul(k, one) }}"
         used = {name: array for name, array in arrays.items() if name in constant or name == "one"}
@@ -144,8 +146,8 @@ class TestOnnx:
         [
             "(int64[1073741824] k, T[n,4] x) => (T[n,4] y, float[a] z) { z = Cast<to=1>(k)",
             "(int64[1073741824] k, T[n,4] x) => (T[n,4] y, int64[a] z) { z = Concat<axis=0>(k, k)",
-            "(T[1073741824] k, T[n,4] x) => (T[n,4] y, int64[a] z) "
-            "{ s = Shape(k) t = ConstantOfShape<value = int64[1] {1}>(s) z = Add(t, t)",
+            "(T[1073741824,1] k, T[n,4] x) => (T[n,4] y, int64[a] z) "
+            "{ s = Shape<start=0, end=1>(k) t = ConstantOfShape<value = int64[1] {1}>(s) z = Concat<axis=0>(t, t)",
             "(T[n,4] x) => (T[n,4] y, int64[a] z) { s0 = Shape(x) "
             + " ".join(f"s{i + 1} = Concat<axis=0>(s{i}, s{i})" for i in range(30)) + " z = Identity(s30)",
         ],

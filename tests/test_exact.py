@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from exact_data import assert_exactly, integers
+from exact_data import assert_exactly, balanced, integers
 from reference import bits
 from strategies import BFLOAT16, CHANNELS_FIRST, CHANNELS_LAST, DTYPES, FLOAT16, FLOAT32, FLOAT64, Place
 
@@ -169,3 +169,16 @@ def test_blocks_of_different_means(shape, dtype):
     for mean, var in ((saved.mean, saved.var), (moments.mean, moments.var())):
         assert_exactly(mean, total, count, "mean")
         assert_exactly(var, squares * count - total * total, count * count, "var")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_blocks_of_different_sizes_and_means(dtype):
+    """Three runs are a block and the last one another: a quarter of the values, 4 above the others."""
+    rng, mean = np.random.default_rng(8), np.array([3, -50])
+    v = rng.permuted(np.broadcast_to(balanced(5000), (4, 2, 5000)), axis=2)
+    x = v + mean[:, None] + np.array([0, 0, 0, 4])[:, None, None]
+    _, saved = batch_norm_train(x.astype(dtype), num_threads=2)
+    moments = Moments.of(x.astype(dtype))
+    for found, var in ((saved.mean, saved.var), (moments.mean, moments.var())):
+        assert_exactly(found, mean + 1, 1, "mean")
+        assert_exactly(var, np.array([5, 5]), 1, "var")

@@ -21,7 +21,8 @@ from interpreter import UNDER_TEST, run_python
 
 import fastbn
 from fastbn.cli import main
-from fastbn.interop import array_files, arrays, files, untrusted
+from fastbn import untrusted
+from fastbn.interop import array_files, arrays, files
 
 STATE = {
     "conv1.weight": np.arange(1, 13, dtype=np.float32).reshape(3, 4, 1, 1),

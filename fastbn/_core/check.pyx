@@ -213,7 +213,9 @@ def count(name: str, value: Any, low: int | None = 1) -> int:
         x = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
-    if isinstance(value, bool) or not (_LEAST if low is None else low) <= x <= _MOST:
+    if not _LEAST <= x <= _MOST:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got one of {x.bit_length()}")
+    if isinstance(value, bool) or (low is not None and x < low):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return x
 

@@ -493,12 +493,14 @@ cdef Py_ssize_t values_before(const Job* job, Py_ssize_t b) noexcept nogil:
     return b // job.pieces * job.block_rows * job.x.s + b % job.pieces * job.piece
 
 
-cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
+cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels, int thread) noexcept nogil:
     # mean and M2 of some channels from the moments of their blocks: neighbours first, then pairs of pairs
     cdef Py_ssize_t step = 1, b, c = job.x.c, middle
     while step < job.blocks:
         b = 0
         while b + step < job.blocks:
+            if not going_on(job, channels, thread):
+                return
             middle = values_before(job, b + step)
             merge_moments(channels, middle - values_before(job, b), job.first + b * c + ch, job.second + b * c + ch,
                           values_before(job, b + 2 * step) - middle, job.first + (b + step) * c + ch,
@@ -510,13 +512,15 @@ cdef void merge_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexc
         job.var[b] = job.second[b]
 
 
-cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
+cdef void add_blocks(const Job* job, Py_ssize_t ch, Py_ssize_t channels, int thread) noexcept nogil:
     # dbeta, dgamma and their means for some channels, blocks added as in merge_blocks
     cdef Py_ssize_t step = 1, b, i, c = job.x.c
     cdef double count = <double> job.x.n * job.x.s
     while step < job.blocks:
         b = 0
         while b + step < job.blocks:
+            if not going_on(job, channels, thread):
+                return
             for i in range(ch, ch + channels):
                 job.first[b * c + i] += job.first[(b + step) * c + i]
                 job.second[b * c + i] += job.second[(b + step) * c + i]
@@ -541,14 +545,16 @@ cdef void sum_block(const Job* job, Py_ssize_t b, Py_ssize_t tile, int thread) n
     reduce_block(job, b, tile, thread)
 
 
-cdef int finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels) noexcept nogil:
+cdef int finish_channels(const Job* job, Py_ssize_t ch, Py_ssize_t channels, int thread) noexcept nogil:
     # Returns whether the blocks have to be summed again, with better shifts: at most once, for then these are the means
     cdef double count = <double> job.x.n * job.x.s
     cdef bint again = False
     if job.dy.data != NULL:
-        add_blocks(job, ch, channels)
+        add_blocks(job, ch, channels, thread)
         return False
-    merge_blocks(job, ch, channels)
+    merge_blocks(job, ch, channels, thread)
+    if flag(&job.stopped):
+        return False
     if job.by_columns and job.x.s == 1:
         improve = job.spans.precise_improve if job.out.data == NULL else job.spans.improve_shifts
         again = improve(channels, job.mean + ch, job.var + ch, count, shifts_of(job, ch))
@@ -588,7 +594,7 @@ cdef void whole_tile(const Job* job, Py_ssize_t tile, int thread) noexcept nogil
     for _ in range(2):
         for b in range(job.blocks):
             sum_block(job, b, tile, thread)
-        if not finish_channels(job, tile * job.tile, channels_of(job, tile)):
+        if not finish_channels(job, tile * job.tile, channels_of(job, tile), thread):
             break
     if job.out.data == NULL:
         return
@@ -648,7 +654,7 @@ cdef void sum_and_write(const Job* job) noexcept nogil:
             prepare(job, tile, False, 0)
     for _ in range(2):
         share_out(job, sum_task, job.blocks * job.tiles, False)
-        if not finish_channels(job, 0, job.x.c):
+        if not finish_channels(job, 0, job.x.c, 0):
             break
     if job.out.data != NULL:
         write_all(job)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from .untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 

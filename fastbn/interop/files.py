@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from .._version import __version__
 from .report import Decision, ModelReport
-from .untrusted import printable
+from ..untrusted import printable
 from .verify import Verification, verify
 
 __all__ = ["run"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from .untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
 
 CODE = ("Lambda", "__lambda__", "TFSMLayer", "TorchModuleWrapper")  # classes whose configs are programs, or name one
 

@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
 
-from .untrusted import GROWTH, LARGEST_SMALL, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL, replacing
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 SHARED = 4  # times the length of the files beside a model that its tensors may be in all: few are tied

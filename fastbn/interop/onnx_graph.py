@@ -38,7 +38,6 @@ CONSTANT_OPS |= {"Add", "Sub", "Mul", "Div"}
 EPSILON = float(np.float32(1e-5))  # BatchNormalization's: attributes are float32
 COMPUTED = 1 << 25  # numbers that computed constants may have in all, or eight times those that the model holds
 HIDDEN = "hidden"  # a domain that ONNX knows nothing of
-ROUNDS = 16  # of shape inference at most
 LARGE = 1024  # shape inference need not see the values of a longer initializer
 
 
@@ -261,13 +260,8 @@ def shapes(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
         elif tensor.name not in inputs:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     light = _inferred(light)
-    found = _stated(light)
-    for _ in range(ROUNDS):  # what is computed from shapes makes more of them known, and so on
-        light = _inferred(_restored(_inferred(_short_only(light, found), data_prop=True), light))
-        before, found = found, _stated(light)
-        if _known(found) <= _known(before):
-            break
-    return found
+    followed = _inferred(_short_only(light, _stated(light)), data_prop=True)
+    return _stated(_inferred(_restored(followed, light)))
 
 
 def _inferred(model: ModelProto, data_prop: bool = False) -> ModelProto:
@@ -283,10 +277,6 @@ def _stated(model: ModelProto) -> dict[str, tuple[int | None, ...]]:
             dims = value.type.tensor_type.shape.dim
             found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
     return found | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-
-
-def _known(found: dict[str, tuple[int | None, ...]]) -> int:
-    return sum(1 + sum(size is not None for size in shape) for shape in found.values())
 
 
 def _short_only(model: ModelProto, found: dict[str, tuple[int | None, ...]]) -> ModelProto:

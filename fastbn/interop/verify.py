@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .untrusted import printable
+from ..untrusted import printable
 
 __all__ = ["Difference", "Verification", "verify"]
 

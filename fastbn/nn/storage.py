@@ -15,12 +15,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ..interrupts import interrupt_deferred
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
 from .activations import ReLU, Sigmoid, Tanh
 from .layers import BatchNorm, Dense, Standardizer
 
 FORMAT, VERSION = "fastbn.nn", 1
 ARCHITECTURE = "architecture"
-LARGEST_SMALL, GROWTH = 1 << 30, 100  # bytes that any file may grow to; a larger one by that factor
 LAYERS = {layer.__name__: layer for layer in (Dense, BatchNorm, Standardizer, ReLU, Sigmoid, Tanh)}
 
 
@@ -51,7 +51,7 @@ def read(path, build):
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                _check_sizes(archive, os.path.getsize(path))
+                check_archive(archive, max(LARGEST_SMALL, GROWTH * os.path.getsize(path)))
                 return _read(archive, build)
         except Exception as error:  # zipfile, zlib, json and NumPy raise a dozen kinds for damaged bytes
             raise ValueError(f"{path}: expected a model saved by fastbn.nn: {_reason(error)}") from error
@@ -59,16 +59,6 @@ def read(path, build):
 
 def _reason(error):
     return f"missing {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-
-
-def _check_sizes(archive, nbytes):
-    """Refuse an archive that would grow far beyond its size, by what it says or by ways to pack that do not say."""
-    for member in archive.infolist():
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{member.filename}: expected stored or deflated, got compression {member.compress_type}")
-    size = sum(member.file_size for member in archive.infolist())
-    if size > max(LARGEST_SMALL, GROWTH * nbytes):
-        raise ValueError(f"expected arrays, got what would grow to {size:,} bytes")
 
 
 def _read(archive, build):

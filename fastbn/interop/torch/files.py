@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ..untrusted import check_archive, replacing
+from ...untrusted import check_archive, replacing
 
 _CALLS = {  # the classes of formulas; none that computes a number too long to hold, as LShift and PowByNatural can
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "PythonMod", "ModularIndexing", "Max", "Min",
