@@ -19,7 +19,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 WORKFLOWS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 PYTHONS = ["310", "311", "312", "313", "314"]
-MINIMUM = re.compile(r"^[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+$")
+MINIMUM = re.compile(r"^[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+(,!=[0-9.]+)*$")
 
 
 def without_comments(text):

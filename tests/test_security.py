@@ -20,8 +20,8 @@ import pytest
 from interpreter import UNDER_TEST, run_python
 
 import fastbn
-from fastbn.cli import main
 from fastbn import untrusted
+from fastbn.cli import main
 from fastbn.interop import array_files, arrays, files
 
 STATE = {

@@ -224,7 +224,7 @@ def iterator(name: str, value: Any, expected: str) -> Iterator[Any]:
     """Return an iterator over `value` (an array of 0 dimensions is Iterable by its type, and is not)."""
     try:
         return iter(value)
-    except TypeError:
+    except Exception:  # a memoryview of two dimensions raises NotImplementedError
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}") from None
 
 

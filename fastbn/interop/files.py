@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from .._version import __version__
-from .report import Decision, ModelReport
 from ..untrusted import printable
+from .report import Decision, ModelReport
 from .verify import Verification, verify
 
 __all__ = ["run"]
