@@ -406,7 +406,7 @@ def layer_recalibrate(rng, size):
     batches = [rng.normal(3, 2, (int(n), c)) for n in rng.integers(2, 30, 3)]
 
     def holds(a, result):
-        if a["method"] != "pooled" or not (isinstance(a["batches"], list) and ordinary(*a["batches"])):
+        if a["method"] != "pooled" or not (isinstance(a["batches"], list) and a["batches"] and ordinary(*a["batches"])):
             return False
         x = np.concatenate([channel_rows(seen(batch), 1) for batch in a["batches"]], 1).T
         if not len(x):

@@ -769,7 +769,7 @@ def test_an_array_that_is_there_twice_is_refused(tmp_path):
     trained()[0].save(path)
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("1.weight.npy", archive.read("1.weight.npy"))
-    assert_refused(path, "each once")
+    assert_refused(path, "there twice")
 
 
 def test_a_changed_weight_fails_its_checksum(tmp_path):

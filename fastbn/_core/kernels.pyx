@@ -8,7 +8,7 @@ short runs, where a channel has s columns).
 
 Blocks are fixed by the shape alone and merged in their order, so the number of threads never changes a bit.
 Inside a parallel region nothing allocates. Nothing here raises, but for what a signal's handler raises: the thread that
-called looks for signals every LOOK elements, so that Ctrl-C ends a long call too.
+called looks for signals now and then, so that Ctrl-C ends a long call too.
 """
 
 cimport numpy as cnp
@@ -80,6 +80,7 @@ cdef extern from "spans.h" nogil:
     const int FASTBN_CHECKED
     void expect(bint within, const char* what)
     void stream_fence()
+    double seconds_now()
     bint flag(const int* p)
     void set_flag(int* p)
     void copy_span(const char* source, char* target, Py_ssize_t size, int stream)
@@ -99,7 +100,7 @@ cdef Py_ssize_t SHORT_RUN = layout.SHORT_RUN
 cdef enum:
     AHEAD = 1024        # bytes that the writing passes fetch ahead: 512 to 4,096 were alike
     STREAM_FROM = 1024  # bytes of a row whose first and last cache lines belong to others too
-    LOOK = 1 << 24      # elements that the calling thread works on between two looks for signals: some 10 ms
+    LOOK = 1 << 20      # elements between two looks at the clock: mostly 1 ms, 100 where a page is new for each row
 cdef Py_ssize_t L2_BYTES = L2
 cdef Py_ssize_t L3_BYTES = L3
 
@@ -172,7 +173,8 @@ cdef struct Job:
     # how
     int relu, frozen, stream, prefetch, threads
     int stopped                  # a signal's handler has raised: nothing matters any more
-    Py_ssize_t since             # elements since the last look
+    Py_ssize_t since             # elements since the last look at the clock
+    double looked                # when signals were last looked for, seconds
 
 
 cdef struct Block:
@@ -275,6 +277,7 @@ cdef object lay_out(Job* job, object x, int threads, bint sums=True):
     job.residual = job.dy = job.out = job.bits = job.incoming = view_of(None)
     job.relu = job.frozen = job.stream = job.prefetch = job.stopped = False
     job.since = 0
+    job.looked = 0
     if cnp.PyArray_NDIM(array) == 2 or (sums and job.x.s <= SHORT_RUN and job.x.n >= TREE and job.x.c > 1):
         cut_columns(job)
         columns = job.side * min(job.x.c, job.tile) * job.x.s
@@ -347,14 +350,21 @@ cdef extern from "Python.h":
 
 cdef bint going_on(const Job* job, Py_ssize_t elements, int thread) noexcept nogil:
     # Before so many elements: look for signals now and then, where this is the thread that called
+    # Not at each look at the clock: where other Python threads run, the GIL takes 5 ms to get.
     cdef Job* own = <Job*> job
+    cdef double now
     if thread == 0:
         own.since += elements
         if own.since >= LOOK:
             own.since = 0
-            with gil:
-                if PyErr_CheckSignals() != 0:
-                    set_flag(&own.stopped)
+            now = seconds_now()
+            if own.looked == 0:
+                own.looked = now
+            if not 0 <= now - own.looked < 0.05:
+                own.looked = now
+                with gil:
+                    if PyErr_CheckSignals() != 0:
+                        set_flag(&own.stopped)
     return not flag(&job.stopped)
 
 

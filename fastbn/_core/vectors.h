@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -164,6 +165,12 @@ static void expect(int within, const char *what) {
     if (within) return;
     fprintf(stderr, "fastbn: out of bounds: %s\n", what);
     abort();
+}
+
+static double seconds_now(void) {
+    struct timespec now;
+    timespec_get(&now, TIME_UTC);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 /* A flag between threads: whatever else they see, they see it sooner or later. */
