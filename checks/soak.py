@@ -131,8 +131,7 @@ class Soak:
         name = [name for name in OPERATIONS if name not in apart][rng.integers(len(OPERATIONS) - len(apart))]
         call = OPERATIONS[name](rng, int(rng.choice([60, 600, 600, 40_000, 400_000], p=[0.3, 0.4, 0.2, 0.09, 0.01])))
         changes = []
-        for _ in range(rng.integers(1, 3) if call.args and rng.random() < 0.4 else 0):
-            argument = list(call.args)[rng.integers(len(call.args))]
+        for argument in rng.permutation(list(call.args))[: rng.integers(1, 3) if rng.random() < 0.4 else 0].tolist():
             changes.append((argument, [*ODD, *ALIASES][rng.integers(len(ODD) + len(ALIASES))]))
             call.args[argument] = odd(changes[-1][1], rng, call.args[argument], call.near)
         try:
