@@ -1,8 +1,8 @@
 """Memory stays flat over ten thousand calls of every public operation, those that fail included.
 
 In a process of its own, three things are looked at: blocks of Python's allocator (an object that a call loses is one of
-them, so 10,000 are), reference counts of what all calls share, and the resident size, where memory that Python knows
-nothing of shows.
+them, so 10,000 are), reference counts of what all calls share, and what the C library has given out, where memory that
+Python knows nothing of shows; without glibc the resident size.
 """
 
 import textwrap
@@ -12,7 +12,7 @@ import pytest
 from interpreter import run_python
 
 MEASURE = """
-import gc, io, os, sys, warnings
+import ctypes, gc, io, os, sys, warnings
 from contextlib import redirect_stdout, suppress
 
 sys.path.insert(0, {tests!r})
@@ -26,7 +26,17 @@ warnings.simplefilter("error")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def resident():
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()]
+    _fields_ += [("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
+
+
+def given_out():
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is not None:
+        mallinfo.restype = Mallinfo
+        info = mallinfo()
+        return info.uordblks + info.hblkhd
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * PAGE
 
@@ -48,10 +58,10 @@ def repeat(calls, times):
 
 def left_behind(calls, objects, times):
     '''Return what so many calls leave behind: blocks, references to one of `objects`, bytes.'''
-    counts, blocks, size = [sys.getrefcount(o) for o in objects], sys.getallocatedblocks(), resident()
+    counts, blocks, size = [sys.getrefcount(o) for o in objects], sys.getallocatedblocks(), given_out()
     repeat(calls, times)
     gc.collect()
-    size, blocks = resident() - size, sys.getallocatedblocks() - blocks
+    size, blocks = given_out() - size, sys.getallocatedblocks() - blocks
     return blocks, max(now - before for now, before in zip([sys.getrefcount(o) for o in objects], counts)), size
 
 
@@ -61,7 +71,7 @@ def report(name, calls, times):
     gc.collect()
     objects = shared(calls)
     thirds = [left_behind(calls, objects, times // 3) for _ in range(3)]
-    blocks, references, size = map(min, *thirds)  # what is lost is lost in each; pages come and go
+    blocks, references, size = map(min, *thirds)  # what is lost is lost in each
     # Half of what one of `calls` would lose, made in its turn; of 3,333 times the 80 bytes that malloc(64) takes, half
     if max(blocks, references) > times / len(calls) / 6 or size > 130_000:
         print(f"{{name}}: {{times // 3}} calls left {{blocks}} blocks, {{references}} references, {{size}} bytes")
@@ -85,7 +95,7 @@ print("done")
 GOOD = """
 for name, make in list(OPERATIONS.items())[{part}]:
     # eight draws: with and without out, residual and ReLU; strided, misaligned, half types, foreign byte orders
-    report(name, [small(make, seed) for seed in range(1 if slow(name) else 8)], 200 if slow(name) else 10_000)
+    report(name, [small(make, seed) for seed in range(1 if slow(name) else 8)], 600 if slow(name) else 10_000)
 """
 
 BAD = """
@@ -99,7 +109,7 @@ def spoilt(make, number):
 for name, make in OPERATIONS.items():
     if small(make, 0).args:
         calls = [spoilt(make, number) for number in range(len(small(make, 0).args))]
-        report(name, calls, 400 if slow(name) else 10_000)
+        report(name, calls, 600 if slow(name) else 10_000)
 """
 
 LEAKS = {
