@@ -69,8 +69,7 @@ def environment(folder: Path) -> str:
     probe = subprocess.run([sys.executable, "-m", "venv", folder / "env"], capture_output=True, check=False)
     if probe.returncode or not shutil.which("gcc"):
         needed = ["gcc", "libc6-dev", "python3-dev", "python3-venv"]
-        subprocess.run(["apt-get", "update"], check=True)
-        subprocess.run(["apt-get", "install", "-y", *needed], check=True)
+        subprocess.run([ROOT / "checks" / "debian", *needed], check=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "env"], check=True)
     python = str(folder / "env" / "bin" / "python")
     install = [python, "-m", "pip", "install", "-q"]

@@ -52,8 +52,8 @@ def main():
 def in_an_environment_of_its_own(arguments):
     """Install fastbn from this checkout in a new virtual environment and run there."""
     if not all(importlib.util.find_spec(module) for module in ("ensurepip", "venv")):
-        subprocess.run(["apt-get", "update"], check=True)
-        subprocess.run(["apt-get", "install", "-y", "gcc", "libc6-dev", "python3-dev", "python3-venv"], check=True)
+        needed = ["gcc", "libc6-dev", "python3-dev", "python3-venv"]
+        subprocess.run([ROOT / "checks" / "debian", *needed], check=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         python = str(Path(folder, "bin", "python"))
