@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ._core import check, openmp
+from ._core import check, openmp, state
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
@@ -159,6 +159,7 @@ def _before_fork() -> None:
 def _in_child() -> None:
     global _serial
     _serial = _serial or not _released
+    state.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

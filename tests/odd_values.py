@@ -103,7 +103,8 @@ def _huge_steps(rng, value):
     a = _array(rng, value)
     if not a.ndim or a.size == 0 or len(a) > 8:
         return a
-    whole = np.zeros((len(a), 1 << 18, *a.shape[1:]), a.dtype)  # pages of zeros that nobody touches
+    steps = min(1 << 18, (1 << 32) // max(1, a.nbytes))
+    whole = np.zeros((len(a), steps, *a.shape[1:]), a.dtype)  # pages of zeros that nobody touches
     whole[:, 0] = a
     return whole[:, 0]
 

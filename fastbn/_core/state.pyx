@@ -4,14 +4,31 @@
 
 Between two lines of Python a signal can raise KeyboardInterrupt, and another thread can come in; NumPy lets other
 threads run even within one assignment. In here neither can happen: compiled code sees no signals, the loops below keep
-the GIL, and without a GIL the object is locked (a critical section). So there is no lock that a fork could leave locked.
+the GIL, and a CPython without a GIL takes a lock. (Not a critical section: those let others in while they wait for
+another object, be it only to set an attribute.)
 """
 
-cimport cython
 cimport numpy as cnp
 from libc.string cimport memcpy
 
 import numpy as np
+
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    static PyMutex whole;
+    static void begin(void) { PyMutex_Lock(&whole); }
+    static void end(void) { PyMutex_Unlock(&whole); }
+    static void reset(void) { whole = (PyMutex){0}; }
+    #else
+    static void begin(void) {}
+    static void end(void) {}
+    static void reset(void) {}
+    #endif
+    """
+    void begin()
+    void end()
+    void reset()
 
 cnp.import_array()
 
@@ -49,7 +66,8 @@ def move(object layer, cnp.ndarray mean, cnp.ndarray var):
     """Move a layer's running statistics towards those of a batch, float64 (c,), and count the batch."""
     cdef Py_ssize_t c = cnp.PyArray_DIM(mean, 0)
     cdef double weight
-    with cython.critical_section(layer):
+    begin()
+    try:
         running_mean, running_var, tracked, momentum = [getattr(layer, name) for name in STATE]
         check_running("running_mean", running_mean, c)
         check_running("running_var", running_var, c)
@@ -57,6 +75,8 @@ def move(object layer, cnp.ndarray mean, cnp.ndarray var):
         blend(running_mean, weight, mean)
         blend(running_var, weight, var)
         setattr(layer, STATE[2], tracked + 1)
+    finally:
+        end()
 
 
 cdef object copy_of(object value):
@@ -79,15 +99,19 @@ cdef object copy_of(object value):
 
 def copies(object owner, tuple names):
     """Return attributes as they were at one moment, in order: NumPy arrays as copies, other values as they are."""
-    with cython.critical_section(owner):
+    begin()
+    try:
         return [copy_of(getattr(owner, name)) for name in names]
+    finally:
+        end()
 
 
 def store(*changes):
     """Make changes, each (owner, target arrays, their new values, new attributes of the owner); see `change`."""
     cdef cnp.ndarray target, value
-    for owner, targets, values, attributes in changes:
-        with cython.critical_section(owner):
+    begin()
+    try:
+        for owner, targets, values, attributes in changes:
             for target, value in zip(targets, values):
                 if cnp.PyArray_IS_C_CONTIGUOUS(target):
                     memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(value), cnp.PyArray_NBYTES(value))
@@ -95,6 +119,13 @@ def store(*changes):
                     cnp.PyArray_CopyInto(target, value)
             for name, attribute in attributes.items():
                 setattr(owner, name, attribute)
+    finally:
+        end()
+
+
+def after_fork():
+    """Forget what another thread was doing in the parent."""
+    reset()
 
 
 def change(object owner, list targets=[], list values=[], **attributes):
