@@ -32,7 +32,7 @@ def max_threads():
 
 
 def release():
-    """End the threads that OpenMP keeps for the calling thread, to be started anew when wanted; say whether it could."""
+    """End the threads that OpenMP keeps for the calling thread, till they are wanted again; say whether it could."""
     cdef bint released
     with nogil:
         released = release_threads()

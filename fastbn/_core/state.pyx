@@ -128,7 +128,7 @@ def after_fork():
     reset()
 
 
-def change(object owner, list targets=[], list values=[], **attributes):
+def change(object owner, targets=(), values=(), **attributes):
     """Return a change for `store`: the values in the targets' dtypes, out of range as infinities. Writes nothing."""
     for target in targets:
         if not target.flags.writeable:
