@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._core import check, layout
-from ._core.state import change, copies, move, store
+from ._core.state import change, copies, movable, move, store
 from .norm import Moments, Saved, batch_norm_backward, batch_norm_train, infer, scale_and_shift
 
 if TYPE_CHECKING:
@@ -141,7 +141,10 @@ class BatchNorm:
         axis = check.axis(self.axis, x.ndim)
         if x.shape[axis] != self.num_features:
             raise ValueError(f"x: expected {self.num_features} channels on axis {self.axis}, got shape {x.shape}")
-        if self.training or self.running_mean is None or self.running_var is None:
+        tracked = self.running_mean is not None and self.running_var is not None
+        if self.training or not tracked:
+            if tracked:
+                movable(self, self.num_features)
             y, saved = batch_norm_train(
                 x, self.gamma, self.beta, axis=axis, eps=self.eps, activation=self.activation, residual=residual,
                 out=out, num_threads=num_threads,
@@ -149,7 +152,7 @@ class BatchNorm:
             if saved.count:
                 self._move(saved)
         else:
-            mean, var = (running.astype(np.float64) for running in copies(self, ("running_mean", "running_var")))
+            mean, var = self._statistics()
             y, bits = infer(
                 x, mean, var, self.gamma, self.beta, axis, self.eps, self.activation, residual, out, num_threads, True
             )
@@ -199,11 +202,16 @@ class BatchNorm:
         scale = γ/√(running_var + ε), shift = β - scale·running_mean (Ioffe & Szegedy 2015, Algorithm 2, line 11).
         """
         self._running("to_affine")
-        names = ("running_mean", "running_var", "gamma", "beta")
-        mean, var, *affine = copies(self, names)
-        gamma, beta = (None if p is None else p.astype(np.float64) for p in affine)
-        check.positive_variance(var.astype(np.float64), self.eps)
+        mean, var = self._statistics()
+        check.positive_variance(var, self.eps)
+        gamma, beta = (None if p is None else p.astype(np.float64) for p in (self.gamma, self.beta))
         return scale_and_shift(mean, var, gamma, beta, self.eps)
+
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return running mean and variance as they were at one moment, in float64."""
+        mean, var = copies(self, ("running_mean", "running_var"))
+        c = self.num_features
+        return check.given_channels("running_mean", mean, c), check.given_channels("running_var", var, c)
 
     def _running(self, what: str) -> tuple[np.ndarray, np.ndarray]:
         if self.running_mean is None or self.running_var is None:
@@ -258,7 +266,7 @@ class BatchNorm:
             if self.unbiased and total.count < 2:
                 raise ValueError(f"batches: expected 2 or more values per channel in all, got {total.count}")
             mean, var = total.mean, total.var(correction=int(self.unbiased))
-        store(change(self, [running_mean, running_var], [mean, var]))
+        store(change(self, {"running_mean": (running_mean, mean), "running_var": (running_var, var)}))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return copies of parameters and running statistics under PyTorch's names."""
@@ -294,7 +302,7 @@ class BatchNorm:
                 raise ValueError(f"num_batches_tracked: expected an integer of 0 or more (int64), got {tracked!r}")
         new = {key: check.given_channels(key, state_dict[key], self.num_features) for key in own}
         count = {} if tracked is None else {"num_batches_tracked": int(tracked.item())}
-        return change(self, [getattr(self, _STATE[key]) for key in new], list(new.values()), **count)
+        return change(self, {_STATE[key]: (getattr(self, _STATE[key]), value) for key, value in new.items()}, **count)
 
     def __repr__(self) -> str:
         options = f"axis={self.axis}, eps={self.eps}, momentum={self.momentum}"

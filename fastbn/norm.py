@@ -9,7 +9,7 @@ import numpy as np
 
 from ._core import check, layout
 from ._core.dispatch import kernels
-from ._core.state import change, store
+from ._core.state import change, narrow, store
 from .threads import budget
 
 __all__ = ["Gradients", "Moments", "Saved", "batch_norm_backward", "batch_norm_infer", "batch_norm_train"]
@@ -295,7 +295,8 @@ def batch_norm_backward(
         return Gradients(dx, zero, zero.copy(), dx.copy() if saved.has_residual else None)
     dx = layout.empty_like(x) if out is None else out
     dgamma, dbeta, dresidual = _backward(dy_in, saved, x, dx, saved.frozen, budget(x.size, num_threads))
-    return Gradients(dx, dgamma.astype(saved.param_dtype), dbeta.astype(saved.param_dtype), dresidual)
+    single = saved.param_dtype == check.FLOAT32
+    return Gradients(dx, narrow(dgamma, single), narrow(dbeta, single), dresidual)
 
 
 def _check_backward(dy: Any, saved: Saved) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -129,7 +130,9 @@ class Optimizer:
     def lr(self, value: float) -> None:
         if self._schedule is not None:
             raise ValueError(f"lr: expected no assignment, since the schedule sets it, got {value!r}")
-        self._table.done = self._steps, check.number("lr", value, _NOT_NEGATIVE, 0.0)
+        lr = check.number("lr", value, _NOT_NEGATIVE, 0.0)
+        with self._table:
+            self._table.done = self._steps, lr
 
     @property
     def _steps(self) -> int:
@@ -212,7 +215,7 @@ class Optimizer:
         Slots have PyTorch's names. Where a parameter is float16 or bfloat16, the slot ``"master"`` holds
         float32 masters (of the other parameters, which are their own masters, a copy).
         """
-        with self._table:
+        with nullcontext() if self._table.mine() else self._table:  # a signal's handler may keep the state
             state: dict[str, Any] = {"step": self._steps}
             for name, arrays in self._state_by_slot().items():
                 state[name] = [(p if a is None else a).copy() for p, a in zip(self._params, arrays, strict=True)]
@@ -236,7 +239,7 @@ class Optimizer:
             came = ", ".join(map(str, state))
             raise ValueError(f"state: expected the keys {', '.join(['step', *slots])}, got {came}")
         step = check.count("step", state["step"], 0)
-        targets, values = [], []
+        loaded = {}
         for slot, arrays in slots.items():
             if not isinstance(state[slot], Sequence):
                 raise TypeError(f"{slot}: expected a list of arrays, got {type(state[slot]).__name__}")
@@ -249,10 +252,9 @@ class Optimizer:
                 if new.dtype.kind not in "fiu" and new.dtype.name != "bfloat16":
                     raise TypeError(f"{slot}{where}: expected real numbers, got dtype {new.dtype}")
                 if array is not None:
-                    targets.append(array)
-                    values.append(new)
+                    loaded[f"{slot}{where}"] = array, new
         with self._table:
-            store(change(self._table, targets, values, done=(step, self.lr)))
+            store(change(self._table, loaded, done=(step, self.lr)))
 
     def _state_by_slot(self) -> dict[str, list[np.ndarray | None]]:
         """Return the state arrays themselves by slot; None for the master of a parameter that needs none."""

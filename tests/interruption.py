@@ -38,6 +38,7 @@ def interrupt(call, number):
 
     sys._getframe().f_trace_opcodes = True  # or, in 3.12, no frame's are
     before = sys.gettrace()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     gc.disable()  # its callbacks, such as Hypothesis's, swallow exceptions
     try:
         sys.settrace(trace)
@@ -47,6 +48,7 @@ def interrupt(call, number):
     finally:
         sys.settrace(before)
         gc.enable()
+        signal.signal(signal.SIGINT, handler)
     assert where is None, f"lost at {where}"
     return None
 
@@ -66,6 +68,7 @@ class CtrlC:
         signal.raise_signal(signal.SIGINT)
 
     def __enter__(self):
+        self.handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.thread = threading.Thread(target=self.send)
         self.thread.start()
         return self
@@ -74,4 +77,5 @@ class CtrlC:
         self.spent = time.process_time() - (self.sent or 0)
         self.done.set()
         self.thread.join()
+        signal.signal(signal.SIGINT, self.handler)
         return kind is KeyboardInterrupt

@@ -337,7 +337,10 @@ class TestTemporaryFiles:
     def test_signals_leave_nothing(self, name):
         arrays.save(STATE, "in.npz")
         code = """
-            import sys, time
+            import signal, sys, time
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+            for name in ("SIGTERM", "SIGHUP"):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
             from fastbn.cli import main
             from fastbn.interop import arrays
             save = arrays.save

@@ -16,13 +16,30 @@ from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcmp
 
+import os
+from threading import get_ident
+
 cnp.import_array()
 
 cdef extern from *:
     """
-    static int exchange(int *p, int value) { return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL); }
+    /* *p = value where it was `from`, else nothing; returns 0 then, else what it is */
+    static Py_ssize_t acquire(Py_ssize_t *p, Py_ssize_t from, Py_ssize_t value) {
+        return __atomic_compare_exchange_n(p, &from, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ? 0 : from;
+    }
     """
-    int exchange(int* p, int value)
+    Py_ssize_t acquire(Py_ssize_t* p, Py_ssize_t from_, Py_ssize_t value)
+
+cdef int forks = 0  # between the first process and this one
+
+
+def count_fork():
+    global forks
+    forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=count_fork)
 
 cdef extern from "vectors.h" nogil:
     const int FASTBN_CHECKED
@@ -93,7 +110,8 @@ cdef class Table:
     cdef double* partial             # (chunks,), sums of squares
     cdef readonly Py_ssize_t size
     cdef public tuple done           # (steps, learning rate of the last): a kernel renews it with the parameters
-    cdef int busy                    # a thread is in a step
+    cdef Py_ssize_t busy             # the thread that is in a step, or 0
+    cdef int forks                   # of this process when that began: a child has none of its parent's threads
 
     def __cinit__(self, list params, list state):
         self.params, self.state, self.count = params, state, len(params)
@@ -123,11 +141,21 @@ cdef class Table:
 
     def __enter__(self):
         """Begin what one thread at a time may do: the pointers to the gradients are the table's."""
-        if exchange(&self.busy, 1):
-            raise RuntimeError("optimizer: expected one call at a time, got another one in another thread")
+        cdef Py_ssize_t mine = get_ident()
+        cdef Py_ssize_t other = acquire(&self.busy, 0, mine)
+        if other and self.forks != forks:
+            other = acquire(&self.busy, other, mine)
+        if other:
+            where = "within it, from a signal's handler or a schedule" if other == mine else "in another thread"
+            raise RuntimeError(f"optimizer: expected one call at a time, got another one {where}")
+        self.forks = forks
 
     def __exit__(self, *exception):
-        exchange(&self.busy, 0)
+        acquire(&self.busy, self.busy, 0)
+
+    def mine(self):
+        """Say whether the calling thread is in a step already: a signal's handler, or a schedule."""
+        return self.busy == get_ident() and self.forks == forks
 
     cdef describe(self, Py_ssize_t i, cnp.ndarray p, list slots):
         cdef optim_parameter* a = &self.parameter[i]

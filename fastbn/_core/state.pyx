@@ -36,17 +36,16 @@ cnp.import_array()
 cdef tuple STATE = ("running_mean", "running_var", "num_batches_tracked", "momentum")
 
 
-cdef int check_running(str name, object array, Py_ssize_t c) except -1:
+cdef int check_array(str name, object array, tuple shape) except -1:
     # What a user has put there instead may be anything
     cdef cnp.ndarray a
-    if isinstance(array, cnp.ndarray):
-        a = array
-        if (cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == c and cnp.PyArray_ISBEHAVED(a)
-                and cnp.PyArray_TYPE(a) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)):
-            return 0
-        raise ValueError(f"{name}: expected a writable float32 or float64 array of shape ({c},), got {a.dtype} "
-                         f"of shape {tuple(array.shape)}")
-    raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+    if not isinstance(array, cnp.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+    a = array
+    if not cnp.PyArray_ISBEHAVED(a) or array.dtype.kind not in "fV" or array.shape != shape:
+        raise ValueError(f"{name}: expected a writable array of floats of shape {shape}, got {array.dtype} of shape "
+                         f"{array.shape}{'' if a.flags.writeable else ', read-only'}")
+    return 0
 
 
 cdef void blend(cnp.ndarray running, double weight, cnp.ndarray new) noexcept:
@@ -62,31 +61,59 @@ cdef void blend(cnp.ndarray running, double weight, cnp.ndarray new) noexcept:
             (<double*> (p + i * stride))[0] = (1 - weight) * (<double*> (p + i * stride))[0] + weight * value[i]
 
 
+cdef list moved(object layer, tuple shape):
+    # running mean and variance, batches with one more, and the weight of a batch: all that can fail
+    running_mean, running_var, tracked, momentum = [getattr(layer, name) for name in STATE]
+    for name, array in zip(STATE, (running_mean, running_var)):
+        check_array(name, array, shape)
+        if array.dtype.num not in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE):
+            raise ValueError(f"{name}: expected float32 or float64, got {array.dtype}")
+    try:
+        tracked = tracked + 1
+        return [running_mean, running_var, tracked, float(1 / tracked if momentum is None else momentum)]
+    except TypeError:
+        message = "num_batches_tracked, momentum: expected numbers (momentum: or None)"
+        raise TypeError(f"{message}, got {layer.num_batches_tracked!r} and {momentum!r}") from None
+
+
+def movable(object layer, Py_ssize_t c):
+    """Raise where `move` would."""
+    moved(layer, (c,))
+
+
 def move(object layer, cnp.ndarray mean, cnp.ndarray var):
     """Move a layer's running statistics towards those of a batch, float64 (c,), and count the batch."""
-    cdef Py_ssize_t c = cnp.PyArray_DIM(mean, 0)
-    cdef double weight
     begin()
     try:
-        running_mean, running_var, tracked, momentum = [getattr(layer, name) for name in STATE]
-        check_running("running_mean", running_mean, c)
-        check_running("running_var", running_var, c)
-        weight = 1.0 / (tracked + 1) if momentum is None else momentum
+        running_mean, running_var, tracked, weight = moved(layer, (cnp.PyArray_DIM(mean, 0),))
         blend(running_mean, weight, mean)
         blend(running_var, weight, var)
-        setattr(layer, STATE[2], tracked + 1)
+        setattr(layer, STATE[2], tracked)
     finally:
         end()
+
+
+def narrow(cnp.ndarray values, bint single):
+    """Return float64 (c,) as float32 or float64; out of range as infinities, without NumPy's warning."""
+    cdef cnp.npy_intp i, n = cnp.PyArray_DIM(values, 0)
+    cdef cnp.ndarray result
+    cdef const double* wide = <const double*> cnp.PyArray_DATA(values)
+    if not single:
+        return values
+    result = cnp.PyArray_EMPTY(1, &n, cnp.NPY_FLOAT, 0)
+    for i in range(n):
+        (<float*> cnp.PyArray_DATA(result))[i] = <float> wide[i]
+    return result
 
 
 cdef object copy_of(object value):
     # of an array, in its own dtype; anything else is returned as it is
     cdef cnp.ndarray source, target
     cdef cnp.npy_intp i, n, item
-    if not cnp.PyArray_CheckExact(value):
+    if not isinstance(value, cnp.ndarray):
         return value
     source = value
-    if (cnp.PyArray_NDIM(source) != 1 or not cnp.PyArray_ISNOTSWAPPED(source)
+    if (not cnp.PyArray_CheckExact(value) or cnp.PyArray_NDIM(source) != 1 or not cnp.PyArray_ISNOTSWAPPED(source)
             or not cnp.PyTypeNum_ISNUMBER(cnp.PyArray_TYPE(source))):
         return source.copy()
     n, item = cnp.PyArray_DIM(source, 0), cnp.PyArray_ITEMSIZE(source)
@@ -128,11 +155,15 @@ def after_fork():
     reset()
 
 
-def change(object owner, targets=(), values=(), **attributes):
-    """Return a change for `store`: the values in the targets' dtypes, out of range as infinities. Writes nothing."""
-    for target in targets:
-        if not target.flags.writeable:
-            raise ValueError(f"{type(owner).__name__}: expected arrays that can be written, got a read-only one")
+def change(object owner, dict arrays=None, **attributes):
+    """Return a change for `store`; `arrays`: {name: (target, value)}. Writes nothing.
+
+    Values are converted to their targets' dtypes, out of range as infinities; a target that does not fit is refused.
+    """
+    targets, values = [], []
     with np.errstate(all="ignore"):
-        converted = [np.array(value, target.dtype, order="C") for target, value in zip(targets, values)]
-    return owner, targets, converted, attributes
+        for name, (target, value) in (arrays or {}).items():
+            check_array(name, target, np.shape(value))
+            targets.append(target)
+            values.append(np.array(value, target.dtype, order="C"))
+    return owner, targets, values, attributes

@@ -47,8 +47,9 @@ class Sigmoid(Activation):
 
     def infer(self, x):
         x = as_floats(x)
-        decay = np.exp(-np.abs(x))
-        return np.where(x >= 0, x.dtype.type(1), decay) / (1 + decay)
+        with np.errstate(invalid="ignore"):  # NaN stays NaN, without a word
+            decay = np.exp(-np.abs(x))
+            return np.where(x >= 0, x.dtype.type(1), decay) / (1 + decay)
 
     def _times_slope(self, dy, y):
         return dy * (y * (1 - y))

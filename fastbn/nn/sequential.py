@@ -145,9 +145,8 @@ class Sequential:
         Notes
         -----
         A Standardizer that is not fitted is fitted on x first. The model is left in inference mode. However
-        fit ends, the parameters are those after a whole number of steps: Ctrl-C is held back until the
-        mini-batch ends (and then passes through, a second one at once); `model.history` has the epochs
-        until then.
+        fit ends, the parameters and running statistics are those after a whole number of mini-batches: one that
+        Ctrl-C or an error cuts short leaves nothing behind. `model.history` has the epochs until then.
         """
         return training.fit(
             self, x, y, loss=loss, optimizer=optimizer, epochs=epochs, batch_size=batch_size,

@@ -40,9 +40,7 @@ def fit(model, x, y, *, loss, optimizer, epochs, batch_size, validation_data, pr
                 order, results = rng.permutation(len(x)), []
                 for rows in batches:
                     chosen = order[rows]
-                    with interrupt_deferred():
-                        result = _train_batch(model, layers, loss, x[chosen], targets[chosen], optimizer)
-                    results.append(result)
+                    results.append(_train_batch(model, layers, loss, x[chosen], targets[chosen], optimizer))
                     bar.batch()
                 figures = np.average(results, axis=0, weights=sizes).tolist()
                 figures += _measure(*validation, loss) if validation else []
@@ -61,13 +59,25 @@ def evaluate(model, x, y, loss):
 
 
 def _train_batch(model, layers, loss, x, targets, optimizer):
-    for layer in layers:
-        x = layer(x)
-    figures, gradient = _figures(loss, x, targets)
-    for layer in reversed(layers):
-        gradient = layer.backward(gradient)
-    optimizer.step(model.gradients())
-    return figures
+    """Train on one mini-batch: all of it, or, whatever is raised, nothing."""
+    norms = [layer for layer in layers if isinstance(layer, BatchNorm) and layer.track_running_stats]
+    before, stepped = [norm.state_dict() for norm in norms], False
+    try:
+        for layer in layers:
+            x = layer(x)
+        figures, gradient = _figures(loss, x, targets)
+        for layer in reversed(layers):
+            gradient = layer.backward(gradient)
+        with interrupt_deferred():
+            optimizer.step(model.gradients())
+            stepped = True
+        return figures
+    except BaseException:
+        if not stepped:
+            with interrupt_deferred():
+                for norm, state in zip(norms, before, strict=True):
+                    norm.load_state_dict(state)
+        raise
 
 
 def _measure(layers, x, targets, loss):
