@@ -33,14 +33,19 @@ SAME_BITS = (
 )  # fmt: skip
 
 
-def main():
+def asked_for():
+    """Return the command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=60, help="default 60")
     parser.add_argument("--quick", action="store_true", help="one minute")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--call", type=int, help="repeat the call of this number only")
-    parser.add_argument("--here", action="store_true", help="use this Python's fastbn")
-    options = parser.parse_args()
+    parser.add_argument("--here", action="store_true", help="use this Python's fastbn, else one is installed apart")
+    return parser.parse_args()
+
+
+def main(options):
+    """Call for as long as is asked; return the exit code."""
     warnings.simplefilter("error")  # in all threads: a warning is a failure
     soak = Soak(options.seed)
     if options.call is not None:
@@ -138,7 +143,7 @@ class Soak:
             asked, refusal = attempt(call, by_position=rng.random() < 0.5)
             assert refusal is None or changes, f"refused: {refusal!r}"
         except BaseException:
-            print(f"call {number}: {name}, {changes}; to repeat: --seed {self.seed} --call {number}", flush=True)
+            print(f"call {number}: {name}, {changes}; to repeat: --here --seed {self.seed} --call {number}", flush=True)
             raise
         with self.lock:
             self.calls += 1
@@ -206,7 +211,8 @@ class Soak:
 
 
 if __name__ == "__main__":
-    if "--here" not in sys.argv:
+    options = asked_for()
+    if not options.here:
         sys.exit(in_an_environment_of_its_own(sys.argv[1:]))
     sys.path[:0] = [str(ROOT / "tests")]
     import numpy as np
@@ -219,4 +225,4 @@ if __name__ == "__main__":
     from fastbn import norm, optim
     from fastbn._core import dispatch
 
-    sys.exit(main())
+    sys.exit(main(options))

@@ -28,10 +28,17 @@ def interrupt_deferred() -> Iterator[None]:
         if len(received) > 1:
             handler(*arguments)
 
-    signal.signal(signal.SIGINT, hold)
+    def restore() -> None:
+        try:
+            signal.signal(signal.SIGINT, handler)
+        except BaseException:  # of another signal's handler, which comes before
+            restore()
+            raise
+
     try:
+        signal.signal(signal.SIGINT, hold)
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        restore()
         if received:
             handler(*received[0])

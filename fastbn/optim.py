@@ -45,6 +45,7 @@ _NOT_NEGATIVE = "a finite number of 0 or more"
 _POSITIVE = "a finite number above 0"
 _CACHE_LINE = 64  # bytes
 # Looking a gradient up is serial and takes as long as updating so many elements (12 ns).
+_NOT_SCHEDULED = -1.0
 _LOOKUP = 32
 
 
@@ -113,7 +114,7 @@ class Optimizer:
         self._params = list(named.values())
         self._state = _new_state(self._params, self._slots)
         self._table = optim_kernels.Table(self._params, self._state)
-        self._table.done = 0, lr
+        self._table.lr = lr
         self._work = max(0, self._table.size - _LOOKUP * len(self._params))
 
     @property
@@ -124,19 +125,13 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """The learning rate; with a schedule, that of the last step."""
-        return self._table.done[1]
+        return self._table.lr
 
     @lr.setter
     def lr(self, value: float) -> None:
         if self._schedule is not None:
             raise ValueError(f"lr: expected no assignment, since the schedule sets it, got {value!r}")
-        lr = check.number("lr", value, _NOT_NEGATIVE, 0.0)
-        with self._table:
-            self._table.done = self._steps, lr
-
-    @property
-    def _steps(self) -> int:
-        return self._table.done[0]
+        self._table.lr = check.number("lr", value, _NOT_NEGATIVE, 0.0)
 
     def step(self, grads: Gradients, *, num_threads: int | None = None) -> None:
         """Update the parameters in place by one step.
@@ -165,15 +160,16 @@ class Optimizer:
             while refused >= 0:
                 held[refused] = self._usable(refused, held[refused])
                 refused = self._table.bind(held, refused)
-            steps, lr = self._table.done
+            steps, lr, scheduled = self._table.steps, self._table.lr, _NOT_SCHEDULED
             if self._schedule is not None:
                 lr = check.number(f"schedule({steps})", self._schedule(steps), _NOT_NEGATIVE, 0.0)
+                scheduled = lr
             if self._clip_norm is not None:
                 optim_kernels.clip_flat(self._table, self._clip_norm, self._whole, budget)
-            self._update(lr, (steps + 1, lr), budget)
+            self._update(lr, steps + 1, scheduled, budget)
 
-    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
-        """Run the method's kernel; `done` is what the table says afterwards, (t, lr) with t counted from 1."""
+    def _update(self, lr: float, t: int, scheduled: float, budget: int) -> None:
+        """Run the method's kernel for step number t, counted from 1; `scheduled`: the rate to show, unless below 0."""
         raise TypeError(f"{type(self).__name__}: expected one of SGD, RMSprop, Adam, AdamW")
 
     def _listed(self, grads: Any) -> list[Any]:
@@ -216,7 +212,7 @@ class Optimizer:
         float32 masters (of the other parameters, which are their own masters, a copy).
         """
         with nullcontext() if self._table.mine() else self._table:  # a signal's handler may keep the state
-            state: dict[str, Any] = {"step": self._steps}
+            state: dict[str, Any] = {"step": self._table.steps}
             for name, arrays in self._state_by_slot().items():
                 state[name] = [(p if a is None else a).copy() for p, a in zip(self._params, arrays, strict=True)]
         return state
@@ -254,7 +250,7 @@ class Optimizer:
                 if array is not None:
                     loaded[f"{slot}{where}"] = array, new
         with self._table:
-            store(change(self._table, loaded, done=(step, self.lr)))
+            store(change(self._table, loaded, steps=step))
 
     def _state_by_slot(self) -> dict[str, list[np.ndarray | None]]:
         """Return the state arrays themselves by slot; None for the master of a parameter that needs none."""
@@ -268,7 +264,7 @@ class Optimizer:
 
     def __repr__(self) -> str:
         size = f"{len(self._params)} arrays, {self._table.size} elements"
-        return f"{type(self).__name__}({size}, lr={self.lr:g}, step={self._steps})"
+        return f"{type(self).__name__}({size}, lr={self.lr:g}, step={self._table.steps})"
 
 
 class SGD(Optimizer):
@@ -322,9 +318,9 @@ class SGD(Optimizer):
         self._slots = ("momentum_buffer" if self._momentum else None,)
         super().__init__(params, lr, weight_decay, clip_value, clip_norm, clip_global_norm, schedule)
 
-    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
+    def _update(self, lr: float, t: int, scheduled: float, budget: int) -> None:
         shared = self._table, lr, self._clip_value, self._weight_decay
-        optim_kernels.sgd_flat(*shared, self._momentum, self._fresh, self._nesterov, done, budget)
+        optim_kernels.sgd_flat(*shared, self._momentum, self._fresh, self._nesterov, scheduled, budget)
 
 
 class RMSprop(Optimizer):
@@ -381,9 +377,9 @@ class RMSprop(Optimizer):
         self._slots = "square_avg", velocity, "grad_avg" if check.flag("centered", centered) else None
         super().__init__(params, lr, weight_decay, clip_value, clip_norm, clip_global_norm, schedule)
 
-    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
+    def _update(self, lr: float, t: int, scheduled: float, budget: int) -> None:
         shared = self._table, lr, self._clip_value, self._weight_decay
-        optim_kernels.rmsprop_flat(*shared, self._alpha, self._momentum, *self._eps, done, budget)
+        optim_kernels.rmsprop_flat(*shared, self._alpha, self._momentum, *self._eps, scheduled, budget)
 
 
 class Adam(Optimizer):
@@ -445,12 +441,12 @@ class Adam(Optimizer):
         self._slots = "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if check.flag("amsgrad", amsgrad) else None
         super().__init__(params, lr, weight_decay, clip_value, clip_norm, clip_global_norm, schedule)
 
-    def _update(self, lr: float, done: tuple[int, float], budget: int) -> None:
-        (beta1, beta2), (t, _) = self._betas, done
+    def _update(self, lr: float, t: int, scheduled: float, budget: int) -> None:
+        beta1, beta2 = self._betas
         decay, shrink = (0.0, lr * self._weight_decay) if self._decoupled else (self._weight_decay, 0.0)
         power = optim_kernels.power  # Python's is the C library's, which differs from CPU to CPU
         shared = self._table, lr / (1 - power(beta1, t)), self._clip_value, decay
-        optim_kernels.adam_flat(*shared, shrink, beta1, beta2, 1 / (1 - power(beta2, t)), *self._eps, done, budget)
+        optim_kernels.adam_flat(*shared, shrink, beta1, beta2, 1 / (1 - power(beta2, t)), *self._eps, scheduled, budget)
 
 
 class AdamW(Adam):

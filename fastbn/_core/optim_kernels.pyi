@@ -6,7 +6,8 @@ ELEMENTS_PER_CHUNK: int
 DTYPES: dict[str, int]
 
 class Table:
-    done: tuple[int, float]
+    steps: int
+    lr: float
     def __init__(self, params: list[np.ndarray], state: list[list[np.ndarray | None]]) -> None: ...
     @property
     def size(self) -> int: ...
@@ -27,7 +28,7 @@ def sgd_flat(
     momentum: float,
     fresh: float,
     nesterov: bool,
-    done: tuple[int, float] | None,
+    scheduled: float,
     num_threads: int,
 ) -> None: ...
 def rmsprop_flat(
@@ -39,7 +40,7 @@ def rmsprop_flat(
     momentum: float,
     eps_inside: float,
     eps_outside: float,
-    done: tuple[int, float] | None,
+    scheduled: float,
     num_threads: int,
 ) -> None: ...
 def adam_flat(
@@ -53,7 +54,7 @@ def adam_flat(
     correction: float,
     eps_inside: float,
     eps_outside: float,
-    done: tuple[int, float] | None,
+    scheduled: float,
     num_threads: int,
 ) -> None: ...
 def power(base: float, exponent: int) -> float: ...

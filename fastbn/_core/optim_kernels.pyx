@@ -109,7 +109,8 @@ cdef class Table:
     cdef Py_ssize_t* task            # (tasks + 1,), first chunk of each task: small arrays share one
     cdef double* partial             # (chunks,), sums of squares
     cdef readonly Py_ssize_t size
-    cdef public tuple done           # (steps, learning rate of the last): a kernel renews it with the parameters
+    cdef public Py_ssize_t steps     # a kernel counts them in the call that changes the parameters
+    cdef public double lr            # of the last step, or set since
     cdef Py_ssize_t busy             # the thread that is in a step, or 0
     cdef int forks                   # of this process when that began: a child has none of its parent's threads
 
@@ -143,7 +144,7 @@ cdef class Table:
         """Begin what one thread at a time may do: the pointers to the gradients are the table's."""
         cdef Py_ssize_t mine = get_ident()
         cdef Py_ssize_t other = acquire(&self.busy, 0, mine)
-        if other and self.forks != forks:
+        if other and other != mine and self.forks != forks:
             other = acquire(&self.busy, other, mine)
         if other:
             where = "within it, from a signal's handler or a schedule" if other == mine else "in another thread"
@@ -155,7 +156,7 @@ cdef class Table:
 
     def mine(self):
         """Say whether the calling thread is in a step already: a signal's handler, or a schedule."""
-        return self.busy == get_ident() and self.forks == forks
+        return self.busy == <Py_ssize_t> get_ident()
 
     cdef describe(self, Py_ssize_t i, cnp.ndarray p, list slots):
         cdef optim_parameter* a = &self.parameter[i]
@@ -244,14 +245,16 @@ cdef class Table:
         return nbytes > 0 and left < self.occupied and self.owned[left].low < low + nbytes
 
 
-cdef void update(Table table, int method, const optim_rule* rule, tuple done, int num_threads) noexcept:
-    # The step and its count are one call: a KeyboardInterrupt comes before both or after both.
+cdef void update(Table table, int method, const optim_rule* rule, double lr, int num_threads) noexcept:
+    # The step and its count are one call: a KeyboardInterrupt comes before both or after both. lr: to be shown, if ≥ 0.
     cdef Py_ssize_t t
     cdef int threads = max(1, min(num_threads, table.tasks))
     with nogil:
         for t in prange(table.tasks, num_threads=threads, schedule="static"):
             update_task(table.parameter, table.chunk, table.task[t], table.task[t + 1], method, rule)
-    table.done = done
+    table.steps += 1
+    if lr >= 0:
+        table.lr = lr
 
 
 cdef void update_task(const optim_parameter* parameter, const Chunk* chunk, Py_ssize_t first, Py_ssize_t end,
@@ -345,28 +348,29 @@ def clip_flat(Table table, double limit, bint whole, int num_threads):
 
 
 def sgd_flat(Table table, double lr, double clip_value, double decay, double momentum, double fresh,
-             bint nesterov, tuple done, int num_threads):
+             bint nesterov, double scheduled, int num_threads):
     """One step of SGD; slots: momentum_buffer, or none without momentum."""
     cdef optim_rule rule = optim_rule(
         lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=fresh,
         beta1=0, beta2=0, correction=1, eps_inside=0, eps_outside=0, nesterov=nesterov)
-    update(table, OPTIM_SGD, &rule, done, num_threads)
+    update(table, OPTIM_SGD, &rule, scheduled, num_threads)
 
 
 def rmsprop_flat(Table table, double lr, double clip_value, double decay, double alpha, double momentum,
-                 double eps_inside, double eps_outside, tuple done, int num_threads):
+                 double eps_inside, double eps_outside, double scheduled, int num_threads):
     """One step of RMSprop; slots: square_avg, momentum_buffer with momentum, grad_avg where centered."""
     cdef optim_rule rule = optim_rule(
         lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=0, momentum=momentum, fresh=1,
         beta1=0, beta2=alpha, correction=1, eps_inside=eps_inside, eps_outside=eps_outside, nesterov=False)
-    update(table, OPTIM_RMSPROP, &rule, done, num_threads)
+    update(table, OPTIM_RMSPROP, &rule, scheduled, num_threads)
 
 
 def adam_flat(Table table, double lr, double clip_value, double decay, double shrink, double beta1,
-              double beta2, double correction, double eps_inside, double eps_outside, tuple done, int num_threads):
+              double beta2, double correction, double eps_inside, double eps_outside, double scheduled,
+              int num_threads):
     """One step of Adam, lr divided by 1−β₁ᵗ; slots: exp_avg, exp_avg_sq, max_exp_avg_sq for AMSGrad."""
     cdef optim_rule rule = optim_rule(
         lr=lr, low=-clip_value, high=clip_value, decay=decay, shrink=shrink, momentum=0, fresh=1,
         beta1=beta1, beta2=beta2, correction=correction, eps_inside=eps_inside, eps_outside=eps_outside,
         nesterov=False)
-    update(table, OPTIM_ADAM, &rule, done, num_threads)
+    update(table, OPTIM_ADAM, &rule, scheduled, num_threads)

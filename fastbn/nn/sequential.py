@@ -279,12 +279,14 @@ def _check_layers(layers):
     if not layers:
         raise ValueError("layers: expected at least one, got none")
     n_in = width = None
+    seen = set()
     for index, layer in enumerate(layers):
         name = f"layers[{index}]"
         if not isinstance(layer, Layer):
             raise TypeError(f"{name}: expected a layer of fastbn.nn, such as nn.Dense, got {layer!r}")
-        if any(layer is other for other in layers[:index]):
+        if id(layer) in seen:
             raise ValueError(f"{name}: expected each layer once, got one that is in the model already")
+        seen.add(id(layer))
         if isinstance(layer, Standardizer) and index > 0:
             raise ValueError(f"{name}: expected the Standardizer first, got it after another layer")
         if width is not None and layer.n_in not in (None, width):

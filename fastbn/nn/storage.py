@@ -21,6 +21,7 @@ from .layers import BatchNorm, Dense, Standardizer
 
 FORMAT, VERSION = "fastbn.nn", 1
 ARCHITECTURE = "architecture"
+MOST_LAYERS = 10_000
 LAYERS = {layer.__name__: layer for layer in (Dense, BatchNorm, Standardizer, ReLU, Sigmoid, Tanh)}
 
 
@@ -101,6 +102,8 @@ def _architecture(array):
         raise ValueError(f"{ARCHITECTURE}: expected format {FORMAT!r}")
     if content.get("version") != VERSION:
         raise ValueError(f"{ARCHITECTURE}: expected version {VERSION}, got {content.get('version')!r}")
+    if len(content["layers"]) > MOST_LAYERS:
+        raise ValueError(f"{ARCHITECTURE}: expected at most {MOST_LAYERS} layers, got {len(content['layers'])}")
     layers = []
     for index, config in enumerate(content["layers"]):
         kind = config.pop("type")
@@ -138,16 +141,14 @@ def load_state(layers, state, n_in=None):
     """Copy `state`, {"<index>.<name>": array}, into `layers`: all of it, or nothing and a ValueError."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
-    parts = [
-        {key.removeprefix(f"{i}."): array for key, array in state.items() if str(key).startswith(f"{i}.")}
-        for i in range(len(layers))
-    ]
-    if sum(map(len, parts)) != len(state):
-        known = {f"{i}.{name}" for i, part in enumerate(parts) for name in part}
-        wrong = next(key for key in state if key not in known)
-        raise ValueError(f"state: expected keys of layers 0 to {len(layers) - 1}, got {wrong!r}")
+    parts = {str(i): {} for i in range(len(layers))}
+    for key, array in state.items():
+        index, _, name = str(key).partition(".")
+        if index not in parts or not name:
+            raise ValueError(f"state: expected keys of layers 0 to {len(layers) - 1}, got {key!r}")
+        parts[index][name] = array
     checked = []
-    for index, (layer, part) in enumerate(zip(layers, parts, strict=True)):
+    for index, (layer, part) in enumerate(zip(layers, parts.values(), strict=True)):
         try:
             checked.append(layer.check_state(part, n_in))
             layer.from_config(layer.config()).load_state_dict(checked[-1])  # on trial: it may refuse values

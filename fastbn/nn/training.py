@@ -126,7 +126,7 @@ def check_optimizer(model, optimizer):
     if len(held) != len(own) or not all(a is b for a, b in zip(own, held, strict=True)):
         raise ValueError(
             f"optimizer: expected one built with this model's parameters(), {len(own)} arrays, "
-            f"got one that holds {len(held)} arrays that are not the same"
+            f"got one that holds {len(held)} arrays, other ones"
         )
 
 

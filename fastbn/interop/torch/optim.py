@@ -28,6 +28,7 @@ from .optim_plans import Grads, Plan, Slots, check_apart, check_parameter, named
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
 
+_NOT_SCHEDULED = -1.0  # the learning rate is the group's
 _NO_CLIPPING = math.inf
 
 
@@ -143,7 +144,7 @@ class _Fused(torch.optim.Optimizer):
             for call in calls:
                 with call.plan.table:
                     call.plan.table.bind(call.grads)
-                    call.kernel(call.plan.table, *call.numbers, None, call.num_threads)
+                    call.kernel(call.plan.table, *call.numbers, _NOT_SCHEDULED, call.num_threads)
             for plan, there in zip(plans, active, strict=True):
                 plan.finish(there)
         return loss
