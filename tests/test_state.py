@@ -1,0 +1,150 @@
+"""Changes of state refuse what does not fit, whatever a user has put in an attribute; handlers and children go on."""
+
+import json
+import os
+import signal
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import nn, optim
+from fastbn.interrupts import interrupt_deferred
+
+X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+CHANGES = {
+    "call": lambda bn: bn(X),
+    "recalibrate": lambda bn: bn.recalibrate([X]),
+    "load_state_dict": lambda bn: bn.load_state_dict(fastbn.BatchNorm(8).state_dict()),
+}
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+needs_usr1 = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("odd", ["too short", "too long", "read-only", "a list", "integers"])
+def test_an_array_that_does_not_fit_is_refused_before_anything_is_written(change, name, odd):
+    bn, memory = fastbn.BatchNorm(8), np.full(64, 7, np.float32)
+    array = {
+        "too short": memory[:1], "too long": memory[:9], "read-only": memory[:8], "a list": [0.0] * 8,
+        "integers": np.zeros(8, np.int64),
+    }[odd]  # fmt: skip
+    if odd == "read-only":
+        array.flags.writeable = False
+    setattr(bn, name, array)
+    other = {"running_mean": "running_var", "running_var": "running_mean"}[name]
+    before = getattr(bn, other).copy()
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        CHANGES[change](bn)
+    assert (memory == 7).all()
+    assert (getattr(bn, other) == before).all()
+    assert bn.num_batches_tracked == 0
+
+
+def test_a_state_dict_has_copies_of_subclasses_too():
+    class Own(np.ndarray):
+        pass
+
+    bn = fastbn.BatchNorm(8)
+    bn.running_mean = np.zeros(8, np.float32).view(Own)
+    assert not np.shares_memory(bn.state_dict()["running_mean"], bn.running_mean)
+
+
+def test_gradients_beyond_float32_are_infinite_without_a_warning():
+    bn = fastbn.BatchNorm(8)
+    bn(X)
+    bn.backward(np.full_like(X, 3e38))
+    assert np.isinf(bn.grad_beta).all()
+
+
+@needs_usr1
+def test_a_signals_handler_may_keep_an_optimizers_state_and_set_its_rate():
+    opt = optim.Adam([np.zeros(300_000, np.float32)])
+    gradient, kept = np.ones(300_000, np.float32), []
+
+    def keep(*_):
+        kept.append(opt.state_dict()["step"])
+        opt.lr = 1e-4
+
+    handler = signal.signal(signal.SIGUSR1, keep)
+    try:
+        for i in range(200):
+            timer = threading.Thread(target=signal.raise_signal, args=(signal.SIGUSR1,))
+            timer.start()
+            opt.step([gradient])
+            timer.join()
+            assert opt.state_dict()["step"] == i + 1
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert kept == sorted(kept)
+    assert opt.lr == 1e-4
+
+
+def test_a_schedule_cannot_step_within_a_step():
+    p = np.zeros(4)
+    opt = optim.SGD([p], lr=1.0, schedule=lambda step: opt.step([np.ones(4)]) or 1.0)
+    with pytest.raises(RuntimeError, match="within it"):
+        opt.step([np.ones(4)])
+    assert (p == 0).all()
+    assert opt.state_dict()["step"] == 0
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_within_another_threads_step_may_step():
+    size = 2_000_000
+    opt, gradient, done = optim.SGD([np.zeros(size, np.float32)], lr=0.1), np.ones(size, np.float32), threading.Event()
+
+    def steps():
+        while not done.is_set():
+            opt.step([gradient])
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # a child that hangs is killed
+                try:
+                    opt.step([gradient])
+                    opt.state_dict()
+                finally:
+                    os._exit(0 if opt.lr == 0.1 else 3)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_ctrl_c_is_given_back_where_another_handler_raises():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(ZeroDivisionError), interrupt_deferred():
+            raise ZeroDivisionError
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        reached = []
+
+        @interrupt_deferred()
+        def interrupted():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert reached == ["the end"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_file_of_many_layers_is_refused_at_once(tmp_path):
+    path = tmp_path / "model.npz"
+    text = json.dumps({"format": "fastbn.nn", "version": 1, "layers": [{"type": "ReLU"}] * 80_000})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("architecture.npy", "w") as member:
+        np.lib.format.write_array(member, np.array(text), allow_pickle=False)
+    with pytest.raises(ValueError, match="expected at most 10000 layers, got 80000"):
+        nn.load(path)
