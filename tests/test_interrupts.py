@@ -220,6 +220,14 @@ def test_points_are_found():
     assert seen == sorted(seen)
 
 
+@pytest.fixture(autouse=True)
+def floating_point_errors():
+    """Give back NumPy's settings: Ctrl-C within np.errstate, which is Python, leaves them as they are there."""
+    before = np.geterr()
+    yield
+    np.seterr(**before)
+
+
 # ---- at any moment of a training ---------------------------------------------------------------------------
 
 

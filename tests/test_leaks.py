@@ -66,12 +66,12 @@ def left_behind(calls, objects, times):
 
 
 def report(name, calls, times):
-    '''Print what calls leave behind in each third of so many, where it is more than chance.'''
-    repeat(calls, 50 * len(calls))  # caches fill
+    '''Print what calls leave behind in each window of a third of so many, where it is more than chance.'''
+    repeat(calls, max(400, 50 * len(calls)))  # caches fill, slowly
     gc.collect()
     objects = shared(calls)
-    thirds = [left_behind(calls, objects, times // 3) for _ in range(3)]
-    blocks, references, size = map(min, *thirds)  # what is lost is lost in each
+    windows = [left_behind(calls, objects, times // 3) for _ in range(6 if times < 10_000 else 3)]
+    blocks, references, size = map(min, *windows)  # what is lost is lost in each
     # Half of what one of `calls` would lose, made in its turn; of 3,333 times the 80 bytes that malloc(64) takes, half
     if max(blocks, references) > times / len(calls) / 6 or size > 130_000:
         print(f"{{name}}: {{times // 3}} calls left {{blocks}} blocks, {{references}} references, {{size}} bytes")
