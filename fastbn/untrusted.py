@@ -29,7 +29,7 @@ def check_archive(archive: zipfile.ZipFile, most: int) -> None:
     for member in members:
         name = member.filename
         path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or name[1:2] == ":":
+        if path.is_absolute() or ".." in path.parts or not path.parts or name[1:2] == ":":
             raise ValueError(f"the member {name!r} would be outside")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"the member {name!r} is neither stored nor deflated")

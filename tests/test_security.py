@@ -158,7 +158,7 @@ def model(request, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 class TestArchives:
-    @pytest.mark.parametrize("name", ["../a.npy", "/tmp/a.npy", "a/../../b.npy", "..\\a.npy", "C:\\a.npy"])
+    @pytest.mark.parametrize("name", ["../a.npy", "/tmp/a.npy", "a/../../b.npy", "..\\a.npy", "C:\\a.npy", "."])
     def test_names_that_lead_out(self, model, name):
         path, load = model
         archive(path, [*members_of(path).items(), (name, b"")])
