@@ -8,6 +8,7 @@ import ctypes
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,9 @@ def freeze(value):
         return {key: freeze(item) for key, item in value.items()}
     if type(value) in (list, tuple) and not any(item is value for item in value):
         return type(value)(map(freeze, value))
+    if hasattr(value, "__array__") and not isinstance(value, (type, np.generic)):
+        with suppress(Exception):  # it may be anything; what it views may be an output
+            return np.asarray(value).copy()
     return value
 
 
