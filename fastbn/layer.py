@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ._core import check, layout
-from ._core.state import change, copies, movable, move, store
+from ._core.state import copies, movable, move, store
 from .norm import Moments, Saved, batch_norm_backward, batch_norm_train, infer, scale_and_shift
-
-if TYPE_CHECKING:
-    from ._core.state import Change
 
 __all__ = ["BatchNorm"]
 
@@ -193,7 +190,7 @@ class BatchNorm:
             raise ValueError("backward: expected a call of the layer before it, got none")
         gradients = batch_norm_backward(dy, self._saved, out=out, num_threads=num_threads)
         new: dict[str, Any] = {"grad_gamma": gradients.dgamma, "grad_beta": gradients.dbeta} if self.affine else {}
-        store(change(self, **new, grad_residual=gradients.dresidual))
+        store(self, **new, grad_residual=gradients.dresidual)
         return gradients.dx
 
     def to_affine(self) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +263,7 @@ class BatchNorm:
             if self.unbiased and total.count < 2:
                 raise ValueError(f"batches: expected 2 or more values per channel in all, got {total.count}")
             mean, var = total.mean, total.var(correction=int(self.unbiased))
-        store(change(self, {"running_mean": (running_mean, mean), "running_var": (running_var, var)}))
+        store(self, {"running_mean": (running_mean, mean), "running_var": (running_var, var)})
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return copies of parameters and running statistics under PyTorch's names."""
@@ -284,10 +281,6 @@ class BatchNorm:
         TypeError, ValueError
             On missing or unknown keys, wrong shapes and values that are no real numbers; nothing is changed then.
         """
-        store(self._loaded(state_dict))
-
-    def _loaded(self, state_dict: Any) -> Change:
-        """Return the change that loading a state dict would make, or raise."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type(state_dict).__name__}")
         own = self.state_dict()
@@ -302,7 +295,7 @@ class BatchNorm:
                 raise ValueError(f"num_batches_tracked: expected an integer of 0 or more (int64), got {tracked!r}")
         new = {key: check.given_channels(key, state_dict[key], self.num_features) for key in own}
         count = {} if tracked is None else {"num_batches_tracked": int(tracked.item())}
-        return change(self, {_STATE[key]: (getattr(self, _STATE[key]), value) for key, value in new.items()}, **count)
+        store(self, {_STATE[key]: (getattr(self, _STATE[key]), value) for key, value in new.items()}, **count)
 
     def __repr__(self) -> str:
         options = f"axis={self.axis}, eps={self.eps}, momentum={self.momentum}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from ._core import check, layout
 from ._core.dispatch import kernels
-from ._core.state import change, narrow, store
+from ._core.state import narrow, store
 from .threads import budget
 
 __all__ = ["Gradients", "Moments", "Saved", "batch_norm_backward", "batch_norm_infer", "batch_norm_train"]
@@ -447,7 +447,7 @@ class Moments:
         if other.count == 0:
             return self
         if self.count == 0:
-            store(change(self, count=other.count, mean=other.mean.copy(), m2=other.m2.copy()))
+            store(self, count=other.count, mean=other.mean.copy(), m2=other.m2.copy())
             return self
         n = self.count + other.count
         share = other.count / n
@@ -455,7 +455,7 @@ class Moments:
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
-        store(change(self, count=n, mean=mean, m2=m2))
+        store(self, count=n, mean=mean, m2=m2)
         return self
 
     def var(self, correction: int = 0) -> np.ndarray:

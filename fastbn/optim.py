@@ -19,7 +19,7 @@ import numpy as np
 from . import threads
 from ._core import check
 from ._core.dispatch import optim_kernels
-from ._core.state import change, store
+from ._core.state import store
 from .interrupts import interrupt_deferred
 from .schedules import Schedule, constant, cosine, exponential, inverse_time, step_decay
 
@@ -250,7 +250,7 @@ class Optimizer:
                 if array is not None:
                     loaded[f"{slot}{where}"] = array, new
         with self._table:
-            store(change(self._table, loaded, steps=step))
+            store(self._table, loaded, steps=step)
 
     def _state_by_slot(self) -> dict[str, list[np.ndarray | None]]:
         """Return the state arrays themselves by slot; None for the master of a parameter that needs none."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ._core import check
-from ._core.state import change, store
+from ._core.state import store
 from .norm import Moments
 
 
@@ -126,10 +126,10 @@ class Standardizer:
         var = moments.var()
         scale = np.sqrt(var)
         scale[var == 0] = 1.0
-        store(change(
+        store(
             self, moments_=moments, mean_=moments.mean.copy(), var_=var, scale_=scale,
             n_samples_seen_=int(moments.count), n_features_in_=len(scale),
-        ))  # fmt: skip
+        )  # fmt: skip
 
     def __repr__(self):
         inner = f"{self.n_features_in_} features" if self.fitted else ""

