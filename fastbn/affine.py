@@ -156,7 +156,7 @@ def parameters(bn, channels=None, of=""):
         names = "gamma", "beta", "running_mean", "running_var", "eps"
         if missing := [name for name in names if not hasattr(bn, name)]:
             kind = type(bn).__name__
-            raise TypeError(f"bn: expected BatchNormParams or BatchNorm, got {kind} without {missing[0]}")
+            raise TypeError(f"bn: expected BatchNormParams or BatchNorm, got {kind}, which has no {missing[0]}")
     gamma, beta, mean, var, eps = copies(bn, names)
     mean_name, var_name = names[2:4]
     if mean is None or var is None:

@@ -6,13 +6,17 @@ then the best of them is recalibrated, folded into dense layers, compared with t
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
@@ -113,6 +117,16 @@ def _figure(curves: dict[str, Curves], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _unwritable(path: str) -> str | None:
+    """Return why no figure can be written to `path`, or None."""
+    folder, kinds = Path(path).absolute().parent, FigureCanvasAgg.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        return f"expected a name that ends in .{', .'.join(sorted(kinds))}, got {path}"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"expected a folder that can be written to, got {folder}"
+    return f"expected a file, got the folder {path}" if Path(path).is_dir() else None
+
+
 def fold_bound(folded: nn.Sequential, x: np.ndarray) -> float:
     """Return how far two float32 computations of the same network, folded and not, may differ on `x`.
 
@@ -147,7 +161,13 @@ def _times(*calls: Callable[[], Any], rounds: int = 30) -> list[float]:
 
 
 def run(*, epochs: int, seeds: int, figure: str, progress: bool = True) -> int:
-    """Run the demo; return 0 if the folded network predicts as the unfolded one within the bound, else 1."""
+    """Run the demo; return 0 if the folded network predicts as the unfolded one within the bound, else 1.
+
+    2 where `figure` cannot be written.
+    """
+    if reason := _unwritable(figure):  # before minutes of training
+        print(f"fastbn demo: --figure: {reason}", file=sys.stderr)
+        return 2
     # Matrices this small are multiplied faster by one thread, many times so where other work shares the cores.
     with threadpool_limits(1, user_api="blas"):
         return _run(epochs, seeds, figure, progress)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import replace
 from pathlib import Path, PurePosixPath
 
 LARGEST_SMALL = 1 << 28  # bytes that the contents of any file may grow to; those of a larger one to GROWTH times itself
@@ -46,10 +47,15 @@ def printable(text: str) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the name of a file to write beside `path`, which takes its place if all goes well, and is gone if not."""
-    temporary = path.with_name(f".fastbn-{uuid.uuid4().hex}{path.suffix}")
+    if not path.parent.is_dir():  # what writes the file might say anything
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    temporary = path.parent / f".fastbn-{uuid.uuid4().hex}{path.suffix}"
     try:
         yield temporary
-        replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):  # a user knows the other name
+            error.filename = str(path)
+            del error.filename2
         raise

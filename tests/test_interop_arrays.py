@@ -604,6 +604,11 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             arrays.load(file(suffix, tmp_path))
 
+    def test_no_such_folder(self, suffix, tmp_path):
+        path = file(suffix, tmp_path / "none")
+        with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+            arrays.save(CONV1, path)
+
 
 def test_every_byte_counts(tmp_path):
     """A changed byte in the arrays of an .npz is noticed."""

@@ -1197,6 +1197,11 @@ def test_recalibration_by_a_bad_batch_in_the_middle_changes_nothing(method, name
         unchanged(bn, lambda batches=batches: bn.recalibrate(batches, method=method), error, message)
 
 
+def test_recalibration_by_a_batch_that_is_not_in_a_list_says_so():
+    bn = some_layer()
+    unchanged(bn, lambda: bn.recalibrate(GOOD), TypeError, r"^batches: .* got one array of shape .*; write \[array\]$")
+
+
 def test_recalibration_needs_two_values_where_it_divides_by_one_less():
     one, three = GOOD[:1], GOOD[:3]
     for unbiased in (True, False):

@@ -825,8 +825,12 @@ def test_a_file_of_the_other_byte_order_is_the_same_model(tmp_path):
 def test_paths(tmp_path):
     with pytest.raises(FileNotFoundError):
         nn.load(tmp_path / "none.npz")
-    with pytest.raises(FileNotFoundError):
-        net().save(tmp_path / "none" / "m.npz")
+    for name in ("none/m.npz", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises((FileNotFoundError, IsADirectoryError, PermissionError), match="folder|none") as caught:
+            net().save(tmp_path / name)
+        assert str(caught.value).endswith(f": {str(tmp_path / name)!r}")  # and not the name while it is written
+    (tmp_path / "folder").rmdir()
     for call in (nn.load, net().save):
         with pytest.raises(TypeError, match="path"):
             call(3)

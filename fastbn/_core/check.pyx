@@ -221,7 +221,9 @@ def count(name: str, value: Any, low: int | None = 1) -> int:
 
 
 def iterator(name: str, value: Any, expected: str) -> Iterator[Any]:
-    """Return an iterator over `value` (an array of 0 dimensions is Iterable by its type, and is not)."""
+    """Return an iterator over the arrays in `value` (an array of 0 dimensions is Iterable by its type, and is not)."""
+    if isinstance(value, np.ndarray) and 0 < value.ndim < 3:  # its rows are no batches: they have one axis at most
+        raise TypeError(f"{name}: expected {expected}, got one array of shape {value.shape}; write [array]")
     try:
         return iter(value)
     except Exception:  # a memoryview of two dimensions raises NotImplementedError

@@ -6,16 +6,16 @@ layer is built from it.
 
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
 from ..interrupts import interrupt_deferred
-from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
 from .activations import ReLU, Sigmoid, Tanh
 from .layers import BatchNorm, Dense, Standardizer
 
@@ -27,23 +27,16 @@ LAYERS = {layer.__name__: layer for layer in (Dense, BatchNorm, Standardizer, Re
 
 def save(model, path):
     """Write `model`; `Sequential.save` is the documentation."""
-    path = check_path(path)
+    path = Path(check_path(path))
     layers = [{"type": type(layer).__name__, **layer.config()} for layer in model.layers]
     text = json.dumps({"format": FORMAT, "version": VERSION, "layers": layers})
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # in the same directory, or the replacement is not one step
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w") as archive:  # np.savez takes allow_pickle since NumPy 2.1 only
-                for name, array in {ARCHITECTURE: np.array(text), **model.state_dict()}.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        npy.write_array(member, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        with zipfile.ZipFile(file, "w") as archive:  # np.savez takes allow_pickle since NumPy 2.1 only
+            for name, array in {ARCHITECTURE: np.array(text), **model.state_dict()}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    npy.write_array(member, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path, build):
