@@ -779,7 +779,8 @@ class TestOnnx:
         before, replace, moved = folder(), os.replace, []
 
         def fails(here, there):
-            moved.append(str(there))
+            if os.sep not in str(there):  # not within the hidden folder
+                moved.append(str(there))
             if str(there) == "out.onnx":
                 raise OSError(5, "Input/output error")
             replace(here, there)
