@@ -140,6 +140,11 @@ def y_bound(forward, gamma, beta, dtype, axis, *, residual=None):
     return bound + half_unit(np.abs(forward.z) + bound, dtype)
 
 
+def var64_bound(mean, var):
+    """Return 32u·σ·(σ + |μ|), of float64 data: blocks have means of float64, their differences lack what is rounded."""
+    return 32 * U64 * np.sqrt(var) * (np.sqrt(var) + np.abs(mean))
+
+
 def backward_bound(backward, forward, gamma, dtype, axis, parameter_dtype):
     """Return bounds of dx, dγ and dβ: 8u|γ|rstd(max|dy| + t²·mean|dy|), 8ut·Σ|dy| and 8u·Σ|dy|; 32u in float64.
 

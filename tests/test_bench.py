@@ -5,6 +5,7 @@ Nothing here asserts a speed.
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ ROWS = targets.rows(quick=False, cache=32 << 20, threads=2)
 def bench(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={"PYTHONPATH": str(Path(fastbn.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])},
     )  # fmt: skip
 
 
