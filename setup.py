@@ -28,7 +28,7 @@ from setuptools.errors import CompileError, LinkError
 
 CORE = "fastbn/_core"
 KERNELS = ["kernels", "optim_kernels"]
-PLAIN = ["check", "layout", "state", "cpu", "openmp"]
+PLAIN = ["buffers", "check", "layout", "state", "cpu", "openmp"]
 # Contraction off: a*b + c must round twice on every CPU, or the bits would depend on the instruction set.
 # errno and traps cost vectorisation and change no result; -ffast-math and -march=native are never used.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall", "-Wextra"]
@@ -39,10 +39,11 @@ if os.environ.get("FASTBN_WERROR") == "1":
     FLAGS += ["-Werror"]
 # A sanitizer that finds something ends the process: nothing can pass by it
 SANITIZERS = {
+    "0": [],
     "1": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-SANITIZE = SANITIZERS[os.environ["FASTBN_SANITIZE"]] if os.environ.get("FASTBN_SANITIZE") else []
+SANITIZE = SANITIZERS[os.environ.get("FASTBN_SANITIZE") or "0"]
 if SANITIZE:
     FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
 CHECKED = os.environ.get("FASTBN_BOUNDSCHECK") == "1"
@@ -112,16 +113,14 @@ class BuildKernels(build_ext):
         for module in self.extensions if openmp else ():
             module.extra_compile_args += openmp[0]
             module.extra_link_args += openmp[1]
-        self.force = self.force or self.options_changed(f"openmp={openmp} {FLAGS} {DIRECTIVES}")
+        # setuptools compares times, not flags: build/ may hold objects of other options, or of no build that ended
+        options = f"{self.compiler.compiler_type} {os.environ.get('CC')} openmp={openmp} {FLAGS} {DIRECTIVES}"
+        built = Path(self.build_temp, "options.txt")
+        self.force = self.force or not built.exists() or built.read_text() != options
+        built.unlink(missing_ok=True)
         super().build_extensions()
-
-    def options_changed(self, options):
-        """Say whether build/ holds objects of other options: setuptools compares times, not flags."""
-        stamp = Path(self.build_temp, "options.txt")
-        changed = not stamp.exists() or stamp.read_text() != options
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(options)
-        return changed
+        built.parent.mkdir(parents=True, exist_ok=True)
+        built.write_text(options)
 
     def use_clang_cl(self):
         """Compile by LLVM's clang-cl: Microsoft's compiler lacks the kernels' vector extensions."""

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from ._core import check, layout
-from ._core.state import copies, movable, move, store
+from ._core.state import MOST_COUNTED, copies, movable, move, store
 from .norm import Moments, Saved, batch_norm_backward, batch_norm_train, infer, scale_and_shift
 
 __all__ = ["BatchNorm"]
 
 _STATE = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
-_MOST_BATCHES = np.iinfo(np.int64).max  # as which num_batches_tracked is saved
 
 
 class BatchNorm:
@@ -291,8 +290,8 @@ class BatchNorm:
         tracked = own.pop("num_batches_tracked", None)
         if tracked is not None:
             tracked = check.view("num_batches_tracked", state_dict["num_batches_tracked"])
-            if tracked.size != 1 or tracked.dtype.kind not in "iu" or not 0 <= tracked.item() <= _MOST_BATCHES:
-                raise ValueError(f"num_batches_tracked: expected an integer of 0 or more (int64), got {tracked!r}")
+            if tracked.size != 1 or tracked.dtype.kind not in "iu" or not 0 <= tracked.item() <= MOST_COUNTED:
+                raise ValueError(f"num_batches_tracked: expected an integer from 0 to 2⁶², got {tracked!r}")
         new = {key: check.given_channels(key, state_dict[key], self.num_features) for key in own}
         count = {} if tracked is None else {"num_batches_tracked": int(tracked.item())}
         store(self, {_STATE[key]: (getattr(self, _STATE[key]), value) for key, value in new.items()}, **count)

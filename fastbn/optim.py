@@ -19,7 +19,7 @@ import numpy as np
 from . import threads
 from ._core import check
 from ._core.dispatch import optim_kernels
-from ._core.state import store
+from ._core.state import MOST_COUNTED, store
 from .interrupts import interrupt_deferred
 from .schedules import Schedule, constant, cosine, exponential, inverse_time, step_decay
 
@@ -235,6 +235,8 @@ class Optimizer:
             came = ", ".join(map(str, state))
             raise ValueError(f"state: expected the keys {', '.join(['step', *slots])}, got {came}")
         step = check.count("step", state["step"], 0)
+        if step > MOST_COUNTED:
+            raise ValueError(f"step: expected an integer from 0 to 2⁶², got {step}")
         loaded = {}
         for slot, arrays in slots.items():
             if not isinstance(state[slot], Sequence):

@@ -5,6 +5,7 @@ that has none, a law. The others are in operations_models.py.
 """
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import reference
@@ -217,10 +218,11 @@ def batch_norm_infer(rng, size):
 def batch_norm_backward(rng, size):
     p = some_problem(rng, size)
     y, saved = fastbn.batch_norm_train(p.x, p.gamma, p.beta, **p.options)
+    was = deepcopy(p)  # of an x that was copied, `out` may be the memory
     args = {"dy": p.dy, "saved": saved, "out": some_out(rng, p.x.shape, p.dtype), "num_threads": p.num_threads}
 
     def holds(a, gradients):
-        return hold_backward({**a, "out": call.args["out"]}, gradients, p, y)
+        return hold_backward({**a, "out": call.args["out"]}, gradients, was, y)
 
     call = Call(fastbn.batch_norm_backward, args, holds, ("out",), near=near(p))
     return call
@@ -373,10 +375,11 @@ def layer_backward(rng, size):
     bn = some_layer(rng, p.channels, axis=p.axis, eps=p.eps, activation=p.activation).train()
     y = bn(p.x, residual=p.residual)
     p.gamma, p.beta = bn.gamma, bn.beta
+    was = deepcopy(p)
 
     def holds(a, dx):
         gradients = (bn.grad_gamma, bn.grad_beta) if bn.affine else ()
-        asked = hold_backward(a | {"out": call.args["out"]}, (dx, *gradients), p, y)
+        asked = hold_backward(a | {"out": call.args["out"]}, (dx, *gradients), was, y)
         assert (bn.grad_residual is None) == (p.residual is None)
         return asked
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import weakref
 import zipfile
 
 import numpy as np
@@ -44,13 +45,104 @@ def test_an_array_that_does_not_fit_is_refused_before_anything_is_written(change
     assert bn.num_batches_tracked == 0
 
 
-def test_a_state_dict_has_copies_of_subclasses_too():
-    class Own(np.ndarray):
-        pass
+class Own(np.ndarray):
+    pass
 
+
+LYING = {
+    "of a subclass": lambda a: a.view(Own),
+    "strided": lambda a: np.repeat(a, 2)[::2],
+    "reversed": lambda a: a[::-1].copy()[::-1],
+}
+
+
+@pytest.mark.parametrize("lying", LYING.values(), ids=LYING)
+def test_a_state_dict_has_copies_wherever_the_arrays_lie(lying):
+    bn, state = fastbn.BatchNorm(8), fastbn.BatchNorm(8).state_dict()
+    bn.running_mean = lying(np.zeros(8, np.float32))
+    state["running_mean"] = np.arange(8, dtype=np.float32)
+    bn.load_state_dict(state)
+    copied = bn.state_dict()["running_mean"]
+    assert not np.shares_memory(copied, bn.running_mean)
+    assert copied.tolist() == bn.running_mean.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("lying", LYING.values(), ids=LYING)
+def test_large_states_are_never_torn_wherever_the_arrays_lie(lying):
+    c, done, torn = 100_000, threading.Event(), []  # NumPy's own copies let other threads in from 500 elements on
+    bn = fastbn.BatchNorm(c)
+    bn.running_mean, bn.running_var = lying(np.ones(c, np.float32)), lying(np.ones(c, np.float32))
+    states = [bn.state_dict() | {f"running_{name}": np.full(c, k) for name in ("mean", "var")} for k in (1.0, 2.0)]
+
+    def load(state):
+        while not done.is_set():
+            bn.load_state_dict(state)
+
+    writers = [threading.Thread(target=load, args=(state,)) for state in states]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(100):
+            state = bn.state_dict()
+            torn.append(len(np.unique([state["running_mean"], state["running_var"]])) > 1)
+    finally:
+        done.set()
+        for writer in writers:
+            writer.join()
+    assert not any(torn)
+
+
+def test_what_a_change_sets_off_may_look_at_the_layer():
+    """A finaliser of what a layer held, a property of a subclass: on a CPython without a GIL a lock is held."""
+    seen = []
+
+    class Counted(fastbn.BatchNorm):
+        @property
+        def num_batches_tracked(self):
+            return self.__dict__["counted"]
+
+        @num_batches_tracked.setter
+        def num_batches_tracked(self, value):
+            self.__dict__["counted"] = value
+            seen.append(self.state_dict() if "running_var" in self.__dict__ else None)
+
+    bn = Counted(8)
+    for _ in range(2):
+        bn(X, residual=X)
+        bn.backward(X)
+        weakref.finalize(bn.grad_residual, lambda: seen.append(bn.state_dict()))
+    bn.grad_residual = None
+    assert len(seen) == 1 + 2 + 2
+
+
+COUNTS = {
+    "counted": (2**62, 0.1, ValueError), "negative": (-1, None, ValueError), "a float": (1.0, 0.1, TypeError),
+    "enormous": (10**400, None, ValueError), "text": (1, "0.5", TypeError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_or_a_momentum_that_is_none_is_refused_before_anything_is_written(name):
     bn = fastbn.BatchNorm(8)
-    bn.running_mean = np.zeros(8, np.float32).view(Own)
-    assert not np.shares_memory(bn.state_dict()["running_mean"], bn.running_mean)
+    bn.num_batches_tracked, bn.momentum, error = COUNTS[name]
+    with pytest.raises(error, match="^num_batches_tracked, momentum: expected"):
+        bn(X)
+    assert not bn.running_mean.any()
+
+
+def test_counts_at_their_end():
+    bn, opt = fastbn.BatchNorm(8), optim.SGD([np.zeros(4)], lr=0.1)
+    state = bn.state_dict()
+    for most, fits in ((2**62, True), (2**62 + 1, False)):
+        for owner, given, name in (
+            (bn, state | {"num_batches_tracked": most}, "num_batches_tracked"), (opt, {"step": most}, "step")
+        ):  # fmt: skip
+            if fits:
+                owner.load_state_dict(given)
+            else:
+                with pytest.raises(ValueError, match=f"^{name}: expected an integer from 0 to 2⁶², got"):
+                    owner.load_state_dict(given)
+            assert owner.state_dict()[name] == 2**62
 
 
 def test_gradients_beyond_float32_are_infinite_without_a_warning():

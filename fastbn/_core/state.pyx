@@ -5,11 +5,14 @@
 Between two lines of Python a signal can raise KeyboardInterrupt, and another thread can come in; NumPy lets other
 threads run even within one assignment. In here neither can happen: compiled code sees no signals, the loops below keep
 the GIL, and a CPython without a GIL takes a lock. (Not a critical section: those let others in while they wait for
-another object, be it only to set an attribute.)
+another object, be it only to set an attribute.) What runs in here although it is a user's, such as a property of a
+subclass, may call in again from the same thread.
 """
 
 cimport numpy as cnp
 from libc.string cimport memcpy
+
+import operator
 
 import numpy as np
 
@@ -17,9 +20,23 @@ cdef extern from *:
     """
     #ifdef Py_GIL_DISABLED
     static PyMutex whole;
-    static void begin(void) { PyMutex_Lock(&whole); }
-    static void end(void) { PyMutex_Unlock(&whole); }
-    static void reset(void) { whole = (PyMutex){0}; }
+    static unsigned long holder; /* the thread that has it, or 0 */
+    static int depth;            /* how often */
+    static void begin(void) {
+        unsigned long self = PyThread_get_thread_ident();
+        if (__atomic_load_n(&holder, __ATOMIC_RELAXED) != self) {
+            PyMutex_Lock(&whole);
+            __atomic_store_n(&holder, self, __ATOMIC_RELAXED);
+        }
+        depth++;
+    }
+    static void end(void) {
+        if (--depth == 0) {
+            __atomic_store_n(&holder, 0, __ATOMIC_RELAXED);
+            PyMutex_Unlock(&whole);
+        }
+    }
+    static void reset(void) { whole = (PyMutex){0}; holder = 0; depth = 0; }
     #else
     static void begin(void) {}
     static void end(void) {}
@@ -33,6 +50,7 @@ cdef extern from *:
 cnp.import_array()
 
 
+MOST_COUNTED = 1 << 62  # batches, steps
 cdef tuple STATE = ("running_mean", "running_var", "num_batches_tracked", "momentum")
 
 
@@ -67,17 +85,23 @@ cdef void blend(cnp.ndarray running, double weight, cnp.ndarray new) noexcept:
 
 cdef list moved(object layer, tuple shape):
     # running mean and variance, batches with one more, and the weight of a batch: all that can fail
+    cdef double weight
     running_mean, running_var, tracked, momentum = [getattr(layer, name) for name in STATE]
     for name, array in zip(STATE, (running_mean, running_var)):
         check_array(name, array, shape)
         if array.dtype.num not in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE):
             raise ValueError(f"{name}: expected float32 or float64, got {array.dtype}")
     try:
-        tracked = tracked + 1
-        return [running_mean, running_var, tracked, float(1 / tracked if momentum is None else momentum)]
-    except TypeError:
-        message = "num_batches_tracked, momentum: expected numbers (momentum: or None)"
-        raise TypeError(f"{message}, got {layer.num_batches_tracked!r} and {momentum!r}") from None
+        tracked = operator.index(tracked) + 1
+        weight = 1.0 / tracked if momentum is None else momentum * 1.0
+        if not 1 <= tracked <= MOST_COUNTED:
+            raise ValueError
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(
+            f"num_batches_tracked, momentum: expected an integer from 0 to 2⁶² and a number or None, got "
+            f"{layer.num_batches_tracked!r} and {momentum!r}"
+        ) from None
+    return [running_mean, running_var, tracked, weight]
 
 
 def movable(object layer, Py_ssize_t c):
@@ -110,21 +134,33 @@ def narrow(cnp.ndarray values, bint single):
     return result
 
 
+cdef tuple route(cnp.ndarray target, cnp.ndarray source):
+    # what copy_items takes: all that can fail
+    return target, source, cnp.PyArray_IterNew(target), cnp.PyArray_IterNew(source)
+
+
+cdef void copy_items(cnp.ndarray target, cnp.ndarray source, cnp.flatiter to, cnp.flatiter come) noexcept:
+    # Between arrays of one shape and dtype, without objects, wherever the elements lie. NumPy's copies release the GIL.
+    cdef cnp.npy_intp i
+    cdef int size = cnp.PyArray_ITEMSIZE(target)
+    if cnp.PyArray_IS_C_CONTIGUOUS(target) and cnp.PyArray_IS_C_CONTIGUOUS(source):
+        memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(target))
+        return
+    for i in range(cnp.PyArray_SIZE(target)):
+        memcpy(cnp.PyArray_ITER_DATA(to), cnp.PyArray_ITER_DATA(come), size)
+        cnp.PyArray_ITER_NEXT(to)
+        cnp.PyArray_ITER_NEXT(come)
+
+
 cdef object copy_of(object value):
-    # of an array, in its own dtype; anything else is returned as it is
-    cdef cnp.ndarray source, target
-    cdef cnp.npy_intp i, n, item
+    # of an array, in its own dtype, be it of a subclass; anything else is returned as it is
     if not isinstance(value, cnp.ndarray):
         return value
-    source = value
-    if (not cnp.PyArray_CheckExact(value) or cnp.PyArray_NDIM(source) != 1 or not cnp.PyArray_ISNOTSWAPPED(source)
-            or not cnp.PyTypeNum_ISNUMBER(cnp.PyArray_TYPE(source))):
-        return source.copy()
-    n, item = cnp.PyArray_DIM(source, 0), cnp.PyArray_ITEMSIZE(source)
-    target = cnp.PyArray_EMPTY(1, &n, cnp.PyArray_TYPE(source), 0)
-    for i in range(n):
-        memcpy(<char*> cnp.PyArray_DATA(target) + i * item,
-               <char*> cnp.PyArray_DATA(source) + i * cnp.PyArray_STRIDE(source, 0), item)
+    if value.dtype.hasobject:
+        return value.copy()
+    target = np.empty(value.shape, value.dtype)
+    target, source, to, come = route(target, value)
+    copy_items(target, source, to, come)
     return target
 
 
@@ -142,21 +178,18 @@ def store(object owner, dict arrays=None, **attributes):
 
     Values are converted to the arrays' dtypes, out of range as infinities. What does not fit is refused before that.
     """
-    cdef cnp.ndarray target, value
-    converted = []
+    converted, old = [], []
     if arrays:
         with np.errstate(all="ignore"):  # it takes longer than all the rest
             for name, (array, new) in arrays.items():
                 check_array(name, array, np.shape(new))
-                converted.append((array, np.array(new, array.dtype, order="C")))
+                converted.append(route(array, np.array(new, array.dtype)))
     begin()
     try:
-        for target, value in converted:
-            if cnp.PyArray_IS_C_CONTIGUOUS(target):
-                memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(value), cnp.PyArray_NBYTES(value))
-            else:
-                cnp.PyArray_CopyInto(target, value)
+        for target, source, to, come in converted:
+            copy_items(target, source, to, come)
         for name, attribute in attributes.items():
+            old.append(getattr(owner, name, None))  # what its end sets off is not for in here
             setattr(owner, name, attribute)
     finally:
         end()
