@@ -136,6 +136,8 @@ def narrow(cnp.ndarray values, bint single):
 
 cdef tuple route(cnp.ndarray target, cnp.ndarray source):
     # what copy_items takes: all that can fail
+    if cnp.PyArray_IS_C_CONTIGUOUS(target) and cnp.PyArray_IS_C_CONTIGUOUS(source):
+        return target, source, None, None
     return target, source, cnp.PyArray_IterNew(target), cnp.PyArray_IterNew(source)
 
 
@@ -143,7 +145,7 @@ cdef void copy_items(cnp.ndarray target, cnp.ndarray source, cnp.flatiter to, cn
     # Between arrays of one shape and dtype, without objects, wherever the elements lie. NumPy's copies release the GIL.
     cdef cnp.npy_intp i
     cdef int size = cnp.PyArray_ITEMSIZE(target)
-    if cnp.PyArray_IS_C_CONTIGUOUS(target) and cnp.PyArray_IS_C_CONTIGUOUS(source):
+    if to is None:
         memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(target))
         return
     for i in range(cnp.PyArray_SIZE(target)):
@@ -156,7 +158,7 @@ cdef object copy_of(object value):
     # of an array, in its own dtype, be it of a subclass; anything else is returned as it is
     if not isinstance(value, cnp.ndarray):
         return value
-    if value.dtype.hasobject:
+    if value.dtype.hasobject or value.ndim > 32:  # which is nobody's state, and too much for NumPy's iterators
         return value.copy()
     target = np.empty(value.shape, value.dtype)
     target, source, to, come = route(target, value)
@@ -183,7 +185,7 @@ def store(object owner, dict arrays=None, **attributes):
         with np.errstate(all="ignore"):  # it takes longer than all the rest
             for name, (array, new) in arrays.items():
                 check_array(name, array, np.shape(new))
-                converted.append(route(array, np.array(new, array.dtype)))
+                converted.append(route(array, np.array(new, array.dtype, order="C")))
     begin()
     try:
         for target, source, to, come in converted:
