@@ -21,9 +21,14 @@ import numpy as np
 
 NUMBERS = [-1, 0, 1, 2, 7, 127, 128, 255, 1000, 2**15, 2**16, 10**9, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63]
 NUMBERS += [2**64, -(2**63), 10**30]
-TEXTS = ["", ".", "..", "../../sprung", "/tmp/sprung", "C:\\sprung", "a\0b", "\x1b[2J", "\u202e", "a" * 5000, "\udc80"]
+TEXTS = ["", ".", "..", "../../sprung", "/sprung", "C:\\sprung", "a\0b", "\x1b[2J", "\u202e", "a" * 5000, "\udc80"]
 TEXTS += ["conv1.weight", "bn1.running_var", "[" * 2000, "9**9**9**9", "__import__('os').mkdir('sprung')"]
 DTYPES = ["<f4", ">f4", "<f8", "<f2", "|O", "<U0", "|V0", "|V2", "<i8", "|b1", "<M8[ns]", "|S9", "<U100000000"]
+
+
+def within(folder: Path) -> None:
+    """Let the absolute path among the texts lead into a folder that is looked at."""
+    TEXTS[TEXTS.index("/sprung")] = str(folder / "sprung")
 
 
 class Trap:
@@ -395,11 +400,24 @@ def keras_model(folder: Path, suffix: str) -> list[bytes]:
     return [content]
 
 
+def models(folder: Path) -> list[bytes]:
+    import fastbn
+    from fastbn import nn
+
+    path = folder / "seed.npz"
+    first = nn.Standardizer(fastbn.Standardizer().fit(np.eye(4)))
+    nn.Sequential(first, nn.Dense(4, 3), nn.BatchNorm(3), nn.ReLU(), nn.Dense(3, 2)).save(path)
+    content = path.read_bytes()
+    path.unlink()
+    return [content]
+
+
 SEEDS: dict[str, Callable[[Path], list[bytes]]] = {
     "npz": npz, "safetensors": lambda folder: saved(folder, ".safetensors"), "onnx": onnx_models, "pt": pt, "pt2": pt2,
     "keras": lambda folder: keras_model(folder, ".keras"), "h5": lambda folder: keras_model(folder, ".h5"),
+    "nn": models,
 }  # fmt: skip
 MUTATORS: dict[str, Callable[[bytes, Random], bytes]] = {
     "npz": damage_archive, "safetensors": damage_safetensors, "onnx": damage_onnx, "pt": damage_pt,
-    "pt2": damage_archive, "keras": damage_archive, "h5": damage,
+    "pt2": damage_archive, "keras": damage_archive, "h5": damage, "nn": damage_archive,
 }  # fmt: skip

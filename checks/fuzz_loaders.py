@@ -35,9 +35,10 @@ EXTRAS = "onnx,safetensors,torch,keras"
 MODULES = {
     "npz": ["fastbn.interop.arrays"], "safetensors": ["fastbn.interop.arrays"], "onnx": ["fastbn.interop.onnx"],
     "pt": ["fastbn.interop.arrays", "fastbn.interop.torch"], "pt2": ["fastbn.interop.torch"],
-    "keras": ["fastbn.interop.keras"], "h5": ["fastbn.interop.keras"],
+    "keras": ["fastbn.interop.keras"], "h5": ["fastbn.interop.keras"], "nn": ["fastbn.nn"],
 }  # fmt: skip
-SHARES = {"npz": 4, "safetensors": 3, "onnx": 6, "pt": 3, "pt2": 2, "keras": 2, "h5": 2}  # of the time
+SUFFIXES = {"nn": "npz"}  # of formats that are not called by theirs
+SHARES = {"npz": 4, "safetensors": 3, "onnx": 6, "pt": 3, "pt2": 2, "keras": 2, "h5": 2, "nn": 2}  # of the time
 MEMORY, CPU, HANG = 1 << 30, 10.0, 90.0  # bytes and CPU seconds that one file may take; seconds until it is killed
 QUICK, LONG = 60, 1200
 
@@ -107,10 +108,11 @@ def run_one(name: str, seconds: int, seed: int, keep: Path, python: str) -> Coun
     counts, end = Counter[str](), time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and counts["crashes"] < 10:
         with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
+            work = Path(folder, "run")  # whose parent is looked at, too
+            work.mkdir()
             process = subprocess.Popen(
                 [python, __file__, f"--child={name}", f"--seconds={int(left) + 1}", f"--seed={seed}", f"--keep={keep}"],
-                cwd=work, env=os.environ | {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch", "TMPDIR": folder},
+                cwd=work, env=os.environ | {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch", "TMPDIR": str(work)},
                 stdout=(work / "log").open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             last = time.monotonic()  # nothing has moved since
@@ -135,13 +137,9 @@ def run_one(name: str, seconds: int, seed: int, keep: Path, python: str) -> Coun
 
 def record(keep: Path, name: str, content: bytes, why: str) -> None:
     stem = f"{name}-{len(list(keep.glob('*.txt')))}"
-    (keep / f"{stem}.{suffix_of(name)}").write_bytes(content)
+    (keep / f"{stem}.{SUFFIXES.get(name, name)}").write_bytes(content)
     (keep / f"{stem}.txt").write_text(why)
     print(f"FAILED {stem}: {why.strip().splitlines()[-1][:300]}", flush=True)
-
-
-def suffix_of(name: str) -> str:
-    return name
 
 
 # The child: one format ----------------------------------------------------------------------------------------------
@@ -156,13 +154,14 @@ def fuzz(name: str, seconds: int, seed: int, keep: Path) -> int:
     warnings.simplefilter("ignore")
     faulthandler.enable()
     sys.path.insert(0, str(Path(__file__).parent))
+    guided = ["fastbn", "zipfile", "numpy.lib._format_impl"]
+    with atheris.instrument_imports(include=guided) if atheris is not None else contextlib.nullcontext():
+        for module in MODULES[name]:  # first of all: what is imported already is not guided
+            importlib.import_module(module)
     import fuzz_files
 
-    if atheris is not None:
-        with atheris.instrument_imports(include=["fastbn", "zipfile", "numpy.lib._format_impl"]):
-            for module in MODULES[name]:
-                importlib.import_module(module)
     work = Path.cwd()
+    fuzz_files.within(work.parent)
     target = Target(name, work, keep)
     seeds = [target.prepare(content) for content in fuzz_files.SEEDS[name](work)]
     for content in seeds:  # all is imported and warm, and what is not damaged works
@@ -211,9 +210,9 @@ class Target:
         self.seen: set[str] = set()
         self.folder = work / "place"
         self.folder.mkdir()
-        self.file = self.folder / f"in.{suffix_of(name)}"
-        kind = files.FORMATS[self.file.suffix]
-        self.front = importlib.import_module(f"fastbn.interop.{kind}")
+        self.file = self.folder / f"in.{SUFFIXES.get(name, name)}"
+        kind = f"interop.{files.FORMATS[self.file.suffix]}" if name != "nn" else "nn"
+        self.front = importlib.import_module(f"fastbn.{kind}")
         self.out = self.folder / f"out{files.BECOMES.get(self.file.suffix, (self.file.suffix,))[0]}"
         self.least = 0
 
@@ -226,6 +225,14 @@ class Target:
     def begin(self, guided: bool) -> None:
         self.counts = Counter(guided=guided)
         self.least = self.peak()
+        self.before = self.listing()
+        for path in (self.folder / "../../sprung", self.work / "sprung", *self.folder.glob("*.bin")):
+            before = path.read_bytes() if path.exists() else None
+            path.write_bytes(before or b"")
+            if self.listing() == self.before:
+                raise SystemExit(f"not noticed: {path} was written to")
+            if before is None:
+                path.unlink()
         self.before = self.listing()
         space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limit = space + 4 * MEMORY  # what goes beyond MEMORY is told; this keeps the machine alive
@@ -244,7 +251,7 @@ class Target:
         failure = ""
         try:
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-                failure = self.library() or self.command(out, err)
+                failure = self.library() or (self.command(out, err) if self.name != "nn" else "")
         except BaseException as error:  # Rust's panics are no Exceptions
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -299,13 +306,24 @@ class Target:
         """Say what is there now and was not before: something was written, or a trap in the file was sprung."""
         if not self.least or (now := self.listing()) == self.before:
             return ""
-        for path in now - self.before:
+        changed = sorted({path for path, *_ in now ^ self.before})
+        for path in map(Path, changed):  # a changed one is seen once
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return f"written besides, or gone: {sorted(map(str, now ^ self.before))}"
+        self.before = self.listing()
+        return f"written besides, changed or gone: {changed}"
 
-    def listing(self) -> set[Path]:
-        mine = {"input", "counts", "log", "corpus"}
-        return {*self.folder.iterdir(), *(p for p in self.work.iterdir() if p.name not in mine)}
+    def listing(self) -> set[tuple[str, int, int]]:
+        """Return all files from the folder above on, but this check's own, with what shows that one was written to."""
+        mine = {self.file, *(self.work / name for name in ("input", "counts", "log", "corpus"))}
+        found = set()
+        for folder, folders, names in os.walk(self.work.parent):
+            folders[:] = [name for name in folders if Path(folder, name) not in mine]
+            for path in (Path(folder, name) for name in (*folders, *names)):
+                if path not in mine:
+                    is_file = not path.is_dir()
+                    status = path.lstat()
+                    found.add((str(path), status.st_size * is_file, status.st_mtime_ns * is_file))
+        return found
 
     @staticmethod
     def peak() -> int:

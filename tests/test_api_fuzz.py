@@ -96,7 +96,8 @@ class LayerBesideAModel(RuleBasedStateMachine):
         self.count, self.training, self.last = 0, True, None
 
     def batch(self):
-        return self.rng.normal(self.rng.normal(0, 5), 3, (int(self.rng.integers(2, 20)), 3, 2))
+        rows = int(self.rng.integers(4, 20))  # not 3, which would fit as channels
+        return self.rng.normal(self.rng.normal(0, 5), 3, (rows, 3, 2))
 
     @rule()
     def call(self):

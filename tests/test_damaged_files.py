@@ -5,6 +5,7 @@ test_security.py."""
 import io
 import json
 import os
+import tempfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -332,6 +333,16 @@ class TestKeras:
         self.change(path, weights=weights)
         self.refused(path, "its arrays would grow to 4,398,[0-9,]+ bytes")
         assert peak() < 100 * MEGABYTE
+
+    @pytest.mark.parametrize("name", ["a" * 256, "assets/" + "é" * 128 + "/a", "config.json/a"])
+    def test_names_that_no_file_can_have_leave_nothing_unpacked(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with zipfile.ZipFile("in.keras", "a") as archive:
+            archive.writestr("assets/a", "unpacked")
+            archive.writestr(name, "")
+        before = sorted(tmp_path.iterdir())
+        self.refused("in.keras", "cannot be a file")
+        assert sorted(tmp_path.iterdir()) == before
 
     def test_weights_of_a_kind_that_keras_does_not_write(self):
         with zipfile.ZipFile("in.keras", "a") as archive:

@@ -308,6 +308,21 @@ def test_a_long_call_ends_soon(kernel, n):
     assert ctrl_c.spent < SOON * n
 
 
+def test_ctrl_c_is_not_lost_where_a_large_result_goes():
+    """Where Python ends an object by a method of Python's, it swallows what is raised there."""
+    x = np.broadcast_to(ONES, (10_000, 1024))  # 40 MiB: its memory is kept
+
+    def call():
+        for _ in range(2):
+            fastbn.batch_norm_infer(x, ONES, ONES, num_threads=1)
+
+    interrupt(call, math.inf)
+    points = 0
+    while interrupt(call, points + 1) is not None:
+        points += 1
+    assert points > 20
+
+
 ENORMOUS = np.broadcast_to(np.arange(6, dtype=np.float32), (1 << 31, 6))
 LONG_STATE = {
     "layer": Case(lambda: fastbn.BatchNorm(1024), lambda bn: bn(zeros(), num_threads=1), layer_state),

@@ -12,35 +12,18 @@ import pytest
 from interpreter import run_python
 
 MEASURE = """
-import ctypes, gc, io, os, sys, warnings
+import gc, io, os, sys, warnings
 from contextlib import redirect_stdout, suppress
 
 sys.path.insert(0, {tests!r})
 import numpy as np
 from calls import arrays_in
+from memory import given_out
 from odd_values import odd
 from operations_models import OPERATIONS
 from strategies import BFLOAT16
 
 warnings.simplefilter("error")
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-class Mallinfo(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()]
-    _fields_ += [("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
-
-
-def given_out():
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo is not None:
-        mallinfo.restype = Mallinfo
-        info = mallinfo()
-        return info.uordblks + info.hblkhd
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * PAGE
-
-
 def shared(calls):
     '''What every call refers to, and must let go: arguments, their arrays, dtypes, None.
 

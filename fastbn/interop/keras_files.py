@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import keras
@@ -13,6 +13,8 @@ import keras
 from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
 
 CODE = ("Lambda", "__lambda__", "TFSMLayer", "TorchModuleWrapper")  # classes whose configs are programs, or name one
+
+LONGEST_NAME = 255  # bytes, on nearly all file systems
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -64,8 +66,14 @@ def _inspect_archive(path: str) -> None:
         raise ValueError("it is no zip file, or truncated")
     with zipfile.ZipFile(path) as archive:
         check_archive(archive, most := _most(path))
-        if (damaged := archive.testzip()) is not None:  # Keras would leave behind what it has unpacked by then
+        # Where unpacking fails, Keras leaves behind what it has unpacked by then
+        if (damaged := archive.testzip()) is not None:
             raise ValueError(f"its member {damaged!r} is damaged")
+        paths = [PurePosixPath(name) for name in archive.namelist() if not name.endswith("/")]
+        folders = {folder for path in paths for folder in path.parents}
+        for path in paths:
+            if path in folders or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+                raise ValueError(f"its member {str(path)[:99]!r} cannot be a file")
         _refuse_code(json.loads(archive.read("config.json")))
         for name in archive.namelist():
             if name.endswith(".npz"):
