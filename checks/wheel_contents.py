@@ -16,7 +16,7 @@ from elftools.elf.elffile import ELFFile
 LARGEST = 3_000_000  # bytes of a wheel
 FOLDERS = [".github", "bench", "checks", "docs", "fastbn", "licenses", "tests"]
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", ".ci/run"]
-FILES += ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+FILES += ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 BUILT = {".so", ".c", ".o", ".pyc", ".pyd", ".html"}
 SYSTEM_LIBRARIES = re.compile(r"(libc\.so\.6|libm\.so\.6|libpthread\.so\.0|libdl\.so\.2|ld-linux-.*)$")
 LICENCES = {"LICENSE": "BSD 3-Clause", "licenses/libgomp.txt": "GCC RUNTIME LIBRARY EXCEPTION"}

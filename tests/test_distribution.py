@@ -19,7 +19,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 WORKFLOWS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 PYTHONS = ["310", "311", "312", "313", "314"]
-MINIMUM = re.compile(r"^[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+(,!=[0-9.]+)*$")
+MINIMUM = re.compile(r"^[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+(,!=[0-9.]+(\.\*)?)*$")
 
 
 def without_comments(text):
@@ -36,9 +36,20 @@ def test_nothing_is_compiled_for_the_machine_at_hand(name):
 
 
 def test_workflows_compile_as_setup_py_says():
-    assert {"tests", "wheels"} <= WORKFLOWS.keys()
+    assert {"tests", "wheels", "checks"} <= WORKFLOWS.keys()
     for name, text in WORKFLOWS.items():
         assert not re.search(r"native|fast-math|CFLAGS", text), name
+
+
+def test_every_check_runs_in_its_long_form_every_week_and_in_its_quick_one_in_ci():
+    helpers = {"debian", "sources", "fuzz_files.py", "wheel_contents.py", "wheel_installed.py"}
+    checks = {path.name for path in (ROOT / "checks").iterdir() if path.is_file()} - helpers
+    (weekly,) = re.findall(r"check: \[(.*)\]", WORKFLOWS["checks"])
+    assert set(weekly.split(", ")) == checks
+    ci, page = ((ROOT / name).read_text(encoding="utf-8") for name in (".ci/run", "docs/promises.md"))
+    for name in checks:
+        assert re.search(rf"\b{re.escape(name)}\b", ci), name
+        assert re.search(rf"^checks/{re.escape(name)} ", page, re.M), name
 
 
 # ---- metadata ------------------------------------------------------------------------------------------------------
@@ -50,6 +61,16 @@ def test_the_version_has_one_source():
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "fastbn._version.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", fastbn.__version__)
     assert f"## {fastbn.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_extras_ask_for_the_oldest_safe_versions():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\w+) \| ([\d.]+)(?:, not (.*?))? \|", text, re.M)
+    assert {"onnx", "torch", "keras", "protobuf"} <= {name for name, *_ in table}
+    asked = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
+    for name, least, without in table:
+        clauses = [f">={least}", *(f"!={version}" for version in without.split(" or ") if version)]
+        assert f"{name}{','.join(clauses)}" in asked
 
 
 def test_what_is_installed_has_that_version():
@@ -147,6 +168,7 @@ def test_only_publishing_may_write_and_only_from_a_tag():
     publish = jobs(WORKFLOWS["wheels"])["publish"]
     assert re.search(r"permissions:\n      id-token: write\n    steps", publish)
     assert "name: pypi" in publish
+    assert re.search(r"pypa/gh-action-pypi-publish@[0-9a-f]{40}  # v", publish)  # no tag that moves
     assert "github.ref_type == 'tag'" in publish
     assert "needs: [sdist, wheels]" in publish
 
@@ -157,6 +179,6 @@ def test_workflows_hold_no_secret_and_name_versions_of_actions():
         assert "password" not in without_comments(text), name
         actions = re.findall(r"uses: (\S+)", text)
         assert actions
-        assert [action for action in actions if not re.search(r"@(release/)?v\d+$", action)] == []
+        assert [action for action in actions if not re.search(r"@(v\d+|[0-9a-f]{40})$", action)] == []
         checkouts = text.count("actions/checkout@")
         assert checkouts == text.count("persist-credentials: false"), name

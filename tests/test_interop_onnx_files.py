@@ -3,6 +3,8 @@
 import os
 import random
 import re
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +85,27 @@ def test_round_trip_with_external_data(tmp_path):
         assert files == [tmp_path / location, path]
         assert_same(large, interop.load(path))
     assert data.stat().st_size < 2 * 64 * 64 * 4  # written, not appended to
+
+
+def test_ctrl_c_never_comes_between_the_model_and_its_data(tmp_path, monkeypatch):
+    """The data take their place first: with the old model they would be read as its own."""
+    path, moved, replace = tmp_path / "model.onnx", [], os.replace
+
+    def move(here, there):
+        replace(here, there)
+        moved.append(Path(there).name)
+        if len(moved) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", move)
+    large = build("(T[n,64] x) => (T[n,64] y) { c = Gemm(x, w) y = BN(c, p) }", w=(64, 64), p=64)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interop.save(large, path, location="weights.bin")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert moved == ["weights.bin", "model.onnx"]
 
 
 def test_nothing_external_where_all_is_small(tmp_path):

@@ -143,12 +143,12 @@ cdef tuple route(cnp.ndarray target, cnp.ndarray source):
 
 cdef void copy_items(cnp.ndarray target, cnp.ndarray source, cnp.flatiter to, cnp.flatiter come) noexcept:
     # Between arrays of one shape and dtype, without objects, wherever the elements lie. NumPy's copies release the GIL.
-    cdef cnp.npy_intp i
+    cdef cnp.npy_intp _i
     cdef int size = cnp.PyArray_ITEMSIZE(target)
     if to is None:
         memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(target))
         return
-    for i in range(cnp.PyArray_SIZE(target)):
+    for _i in range(cnp.PyArray_SIZE(target)):
         memcpy(cnp.PyArray_ITER_DATA(to), cnp.PyArray_ITER_DATA(come), size)
         cnp.PyArray_ITER_NEXT(to)
         cnp.PyArray_ITER_NEXT(come)

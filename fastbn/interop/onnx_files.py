@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
 
+from ..interrupts import interrupt_deferred
 from ..untrusted import GROWTH, LARGEST_SMALL, replacing
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
@@ -76,7 +77,8 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     copy, data = ModelProto(), path.parent / location
     copy.CopyFrom(model)
     large = [t for t in tensors(copy) if t.data_type != TensorProto.STRING and t.ByteSize() > EMBEDDED]
-    with replacing(path) as temporary, replacing(data) if large else nullcontext() as beside:
+    # The data take their place first, then the model; no Ctrl-C between, or the old model would read the new data
+    with ExitStack() as held, replacing(path) as temporary, replacing(data) if large else nullcontext() as beside:
         if beside is not None:
             with beside.open("wb") as file:
                 for tensor in large:
@@ -86,6 +88,7 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
                     file.write(tensor.raw_data)
                     tensor.ClearField("raw_data")
         temporary.write_bytes(copy.SerializeToString())
+        held.enter_context(interrupt_deferred())
     return [data, path] if large else [path]
 
 
