@@ -71,9 +71,9 @@ def _inspect_archive(path: str) -> None:
             raise ValueError(f"its member {damaged!r} is damaged")
         paths = [PurePosixPath(name) for name in archive.namelist() if not name.endswith("/")]
         folders = {folder for path in paths for folder in path.parents}
-        for member in paths:
-            if member in folders or any(len(os.fsencode(part)) > LONGEST_NAME for part in member.parts):
-                raise ValueError(f"its member {str(member)[:99]!r} cannot be a file")
+        for inside in paths:
+            if inside in folders or any(len(os.fsencode(part)) > LONGEST_NAME for part in inside.parts):
+                raise ValueError(f"its member {str(inside)[:99]!r} cannot be a file")
         _refuse_code(json.loads(archive.read("config.json")))
         for name in archive.namelist():
             if name.endswith(".npz"):
