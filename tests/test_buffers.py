@@ -106,3 +106,8 @@ array = layout.aligned_empty((10 << 20,), np.dtype("f4"))  # given back at exit,
     done = run_python(code, FASTBN_BUFFERS=mib)
     assert done.stdout.split() == [str(kept)]
     assert done.stderr == ""
+
+
+def test_a_limit_that_is_no_number_is_named():
+    done = run_python("import fastbn", FASTBN_BUFFERS="lots", check=False)
+    assert "ValueError: FASTBN_BUFFERS: expected MiB, an integer, got 'lots'" in done.stderr
