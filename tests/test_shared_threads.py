@@ -1,5 +1,6 @@
 """Python threads at once on shared arrays and layers: the bits of one thread, and never half of an update."""
 
+import itertools
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -178,27 +179,28 @@ def whole_statistics(mean, var):
 
 
 def watched(shared, change, watch):
-    """Return what `watch` finds, over and over, while three threads do what `change` gives them, until it is done."""
-    done = threading.Event()
-    left = [3]
+    """Return what two threads find by `watch`, over and over, while three do what `change` gives them."""
+    found, changers, failed = ([], []), [0, 1, 2], threading.Event()
 
     def changing(k):
         try:
-            for _ in range(60):
+            for number in itertools.count():
+                if number >= 60 and (failed.is_set() or min(map(len, found)) > 10):
+                    break
                 change(k)
         finally:
-            left[0] -= 1
-            if left[0] == 0:
-                done.set()
+            changers.pop()
 
-    def watching():
-        found = []
-        while not done.is_set():
-            found.append(watch())
-        return found
+    def watching(mine):
+        try:
+            while changers:
+                mine.append(watch())
+        except BaseException:
+            failed.set()
+            raise
 
-    results = at_once(*[lambda k=k: changing(k) for k in range(3)], *[watching] * 2)
-    return [one for found in results[3:] for one in found]
+    at_once(*[lambda k=k: changing(k) for k in range(3)], *[lambda mine=mine: watching(mine) for mine in found])
+    return found[0] + found[1]
 
 
 def shared_layer():
