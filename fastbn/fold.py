@@ -439,12 +439,12 @@ def _check_layout(layout, weight, channel_axes):
 
 def _positive(name, value):
     expected = f"{name}: expected an integer >= 1, got {value!r}"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(expected)
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(expected) from None
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(expected)
     if number < 1:
         raise ValueError(expected)
     return number

@@ -616,7 +616,7 @@ def test_work_goes_on_where_nothing_can_be_printed(where, arguments, tmp_path):
         os.close(reads)
         stream = writes if {where!r}.startswith("pipe") else open("/dev/full", "w")
         if {where!r} == "closed":
-            command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+            command = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *command]
         process = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True)
         print(process.returncode, process.stderr, end="")
     """

@@ -65,12 +65,18 @@ def array(name: str, value: Any) -> np.ndarray:
     return x if x.flags.aligned else x.copy(order="K")
 
 
+cdef object index(object value):
+    if isinstance(value, np.bool_):  # NumPy before 2.3 lets it pass, with a warning
+        raise TypeError
+    return operator.index(value)
+
+
 def axis(value: Any, ndim: int) -> int:
     """Return the channel axis counted from the front; the array has 2 or more dimensions."""
     if ndim < 2:
         raise ValueError(f"x: expected 2 or more dimensions, got {ndim}")
     try:
-        number = operator.index(value)
+        number = index(value)
     except TypeError:
         raise TypeError(f"axis: expected an integer, got {value!r}") from None
     if not -ndim <= number < ndim:
@@ -193,7 +199,7 @@ def number(
     """Return a finite real number in [low, high], or (low, high]."""
     if type(value) is float and low < value < high:
         return value
-    if isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
+    if isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating)) or getattr(value, "ndim", 0):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
         x = float(value)
@@ -210,7 +216,7 @@ def count(name: str, value: Any, low: int | None = 1) -> int:
     """Return an integer of 64 bits, of `low` or more unless that is None."""
     expected = "an integer" if low is None else f"an integer of {low} or more"
     try:
-        x = operator.index(value)
+        x = index(value)
     except TypeError:
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
     if not _LEAST <= x <= _MOST:

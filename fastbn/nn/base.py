@@ -121,10 +121,10 @@ def as_array(value, name):
 def positive_int(value, name):
     """Return `value` as an int ≥ 1, or raise TypeError or ValueError with its `name`."""
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, (bool, np.bool_)):
+    if number is None:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if not 1 <= number < 2**63:
         raise ValueError(f"{name}: expected an int of at least 1, got {number}")
@@ -137,7 +137,7 @@ def make_rng(seed):
         return np.random.default_rng(seed)
     expected = f"seed: expected None, an int of at least 0 or a numpy.random.Generator, got {seed!r}"
     try:  # NumPy takes sequences too, and overflows the C stack on a np.matrix
-        return np.random.default_rng(operator.index(seed))
+        return np.random.default_rng(operator.index(None if isinstance(seed, np.bool_) else seed))
     except TypeError:
         raise TypeError(expected) from None
     except ValueError:
