@@ -155,6 +155,9 @@ def load_state(layers, state, n_in=None):
 def check_path(path):
     """Return `path` as `os` takes it, or raise TypeError."""
     try:
-        return os.fsdecode(path)
+        path = os.fsdecode(path)
     except TypeError:
         raise TypeError(f"path: expected a str or os.PathLike, got {type(path).__name__}") from None
+    if "\0" in path:
+        raise ValueError(f"path: expected a name without an embedded null byte, got {path!r}")
+    return path
