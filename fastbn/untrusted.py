@@ -7,8 +7,8 @@ import os
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
 
 LARGEST_SMALL = 1 << 28  # bytes that the contents of any file may grow to; those of a larger one to GROWTH times itself
 GROWTH = 100
@@ -45,17 +45,21 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """Give the name of a file to write beside `path`, which takes its place if all goes well, and is gone if not."""
-    if not path.parent.is_dir():  # what writes the file might say anything
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    temporary = path.parent / f".fastbn-{uuid.uuid4().hex}{path.suffix}"
+    path = os.fspath(path)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder or "."):  # what writes the file might say anything
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    # No Path: pathlib interns a path's parts, which CPython 3.13t keeps for ever
+    temporary = os.path.join(folder, f".fastbn-{uuid.uuid4().hex}{os.path.splitext(path)[1]}")
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):  # a user knows the other name
-            error.filename = str(path)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename == temporary:  # a user knows the other name
+            error.filename = path
             del error.filename2
         raise

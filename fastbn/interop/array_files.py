@@ -130,7 +130,7 @@ def _load_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     return array
 
 
-def _save_npz(state: Mapping[str, np.ndarray], path: Path) -> None:
+def _save_npz(state: Mapping[str, np.ndarray], path: str) -> None:
     with zipfile.ZipFile(path, "w") as archive:  # np.savez cannot name an array "file"
         for name, array in state.items():
             if array.dtype.isbuiltin == 2:  # bfloat16: its name would be lost
@@ -167,7 +167,7 @@ def _load_safetensors(path: Path) -> State:
     return state
 
 
-def _save_safetensors(state: Mapping[str, np.ndarray], path: Path) -> None:
+def _save_safetensors(state: Mapping[str, np.ndarray], path: str) -> None:
     safetensors = _safetensors()
     metadata = getattr(state, "metadata", None)
     rows = {name: np.asarray(array, order="C") for name, array in state.items()}  # it writes the memory as it lies
@@ -197,7 +197,7 @@ def _load_state_dict(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _save_state_dict(state: Mapping[str, np.ndarray], path: Path) -> None:
+def _save_state_dict(state: Mapping[str, np.ndarray], path: str) -> None:
     import torch
 
     from .torch import save_state_dict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import keras
@@ -52,7 +52,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     path = os.fspath(path)
     if not path.endswith(".keras"):
         raise ValueError(f"{path}: expected a name that ends in .keras, the format Keras models are written in")
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         model.save(temporary)
 
 

@@ -69,8 +69,8 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     if location is None and model.ByteSize() > LARGEST:
         location = f"{path.name}.data"
     if location is None:
-        with replacing(path) as temporary:
-            temporary.write_bytes(model.SerializeToString())
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(model.SerializeToString())
         return [path]
     if Path(location).name != location or location in ("", "..", path.name):
         raise ValueError(f"location: expected the name of a file in the same folder, got {location!r}")
@@ -80,14 +80,15 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     # The data take their place first, then the model; no Ctrl-C between, or the old model would read the new data
     with ExitStack() as held, replacing(path) as temporary, replacing(data) if large else nullcontext() as beside:
         if beside is not None:
-            with beside.open("wb") as file:
+            with open(beside, "wb") as file:
                 for tensor in large:
                     if not tensor.HasField("raw_data"):
                         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
                     external_data_helper.set_external_data(tensor, location, file.tell(), len(tensor.raw_data))
                     file.write(tensor.raw_data)
                     tensor.ClearField("raw_data")
-        temporary.write_bytes(copy.SerializeToString())
+        with open(temporary, "wb") as file:
+            file.write(copy.SerializeToString())
         held.enter_context(interrupt_deferred())
     return [data, path] if large else [path]
 

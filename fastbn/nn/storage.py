@@ -9,7 +9,6 @@ import os
 import zipfile
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
@@ -27,7 +26,7 @@ LAYERS = {layer.__name__: layer for layer in (Dense, BatchNorm, Standardizer, Re
 
 def save(model, path):
     """Write `model`; `Sequential.save` is the documentation."""
-    path = Path(check_path(path))
+    path = check_path(path)
     layers = [{"type": type(layer).__name__, **layer.config()} for layer in model.layers]
     text = json.dumps({"format": FORMAT, "version": VERSION, "layers": layers})
     with replacing(path) as temporary, open(temporary, "xb") as file:

@@ -15,7 +15,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
     if not os.fspath(path).endswith(".pt2"):
         raise ValueError(f"path: expected a name that ends in .pt2, got {os.fspath(path)!r}")
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         torch.export.save(program, temporary)
 
 
@@ -137,7 +136,7 @@ def save_state_dict(state: dict[str, Any], path: str | os.PathLike[str]) -> None
     state : dict
     path : str or path
     """
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
