@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 import warnings
+from array import array
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,8 +81,8 @@ def sizes():
     return memory.resident() / 2**20, memory.given_out() / 2**20, sys.getallocatedblocks()
 
 
-def told(size):
-    return f"{size[1]:.0f} MiB resident, {size[2]:.1f} MiB given out, {size[3]} blocks"
+def told(resident, given_out, blocks):
+    return f"{resident:.0f} MiB resident, {given_out:.1f} MiB given out, {blocks:.0f} blocks"
 
 
 class Soak:
@@ -96,30 +97,32 @@ class Soak:
     def run(self, minutes):
         """Call for so long; return the exit code."""
         start = said = time.monotonic()
-        seen = []
+        seen = [array("d") for _ in range(4)]  # calls, sizes: tuples would be blocks of Python's themselves
         while time.monotonic() < start + 60 * minutes and self.failure is None:
             self.try_out(self.several, self.take(200))
             self.at_once()
             self.forked()
             self.try_out(self.same_bits, *self.take(1))
             self.try_out(self.one_more_step, *self.take(1))
-            if len(seen) % 40 == 20:
+            if len(seen[0]) % 40 == 20:
                 self.try_out(self.large, *self.take(1))
-            seen.append((self.calls, *sizes()))
+            now = sizes()
+            for column, number in zip(seen, (self.calls, *now), strict=True):
+                column.append(number)
             if time.monotonic() - said >= 60:
                 said = time.monotonic()
-                print(f"{(said - start) / 60:.0f} min: {self.calls} calls, {told(seen[-1])}", flush=True)
+                print(f"{(said - start) / 60:.0f} min: {self.calls} calls, {told(*now)}", flush=True)
         if self.failure is not None:
             print(f"{self.failure}\nsoak: failed with --seed {self.seed}")
             return 1
-        warm = seen[len(seen) // 3 :]  # caches and the largest arrays have had their time
-        calls, *kinds = zip(*warm, strict=True)
+        calls, *kinds = (column[len(column) // 3 :] for column in seen)  # caches and large arrays have had their time
         resident, given_out, blocks = (statistics.linear_regression(calls, kind).slope for kind in kinds)
         left = 2**20 * max(resident, given_out)
+        first = told(*(kind[0] for kind in kinds))
         print(
             f"figures: soak: {self.calls} calls ({self.refused} refused, {self.children} forked children), "
             f"{(time.monotonic() - start) / 60:.1f} minutes, {self.asked} checked against the oracle; a call left "
-            f"{left:.1f} bytes and {blocks:.4f} blocks; memory from {told(warm[0])} to {told(warm[-1])} "
+            f"{left:.1f} bytes and {blocks:.4f} blocks; memory from {first} to {told(*now)} "
             f"(seed {self.seed})"
         )
         if minutes < JUDGED:
