@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_const", const=QUICK, dest="seconds", help=f"{QUICK} seconds")
     parser.add_argument("--seconds", type=int, help=f"default {LONG}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--formats", default=",".join(SHARES))
     parser.add_argument("--here", action="store_true", help="use what this Python has; else a new environment is made")
     parser.add_argument("--keep", type=Path, help="where files that fail are kept (default: a new folder)")
@@ -94,7 +94,7 @@ def run_all(options: argparse.Namespace, python: str) -> int:
     how = "guided by coverage" if len(guided) == len(results) else "at random, atheris is not there"
     print(
         f"figures: loaders: {sums['files']} damaged files ({files}; {how}), {sums['clean']} clean errors, "
-        f"{sums['loaded']} loaded, {sums['failures']} failures, {time.monotonic() - started:.0f} s"
+        f"{sums['loaded']} loaded, {sums['failures']} failures, {time.monotonic() - started:.0f} s, seed {options.seed}"
     )
     if sums["failures"]:
         print(f"what failed, and why: {keep}", file=sys.stderr)

@@ -13,12 +13,12 @@ about 106 bits: a result is rounded once, whatever cancels on the way; shapes al
 
 from __future__ import annotations
 
-import operator
 from decimal import Decimal, localcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._core import check
 from .affine import EXACT, SIGNIFICAND_BITS, Affine, as_array, as_values, check_finite, floating
 
 __all__ = [
@@ -193,7 +193,7 @@ def fold_into_linear(
     ([[2.0, 10.0]], [-28.5])
     """
     weight = as_array("weight", weight)
-    layout, repeat = _linear_layout(layout, weight), _positive("repeat", repeat)
+    layout, repeat = _linear_layout(layout, weight), check.count("repeat", repeat)
     if (n := weight.shape[layout.index("I")]) % repeat:
         raise ValueError(f"repeat: expected a divisor of the {n} inputs of weight, got {repeat}")
     return _fold(weight, bias, bn, layout, bn_last=False, repeat=repeat)
@@ -437,21 +437,8 @@ def _check_layout(layout, weight, channel_axes):
     return layout
 
 
-def _positive(name, value):
-    expected = f"{name}: expected an integer >= 1, got {value!r}"
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(expected)
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(expected) from None
-    if number < 1:
-        raise ValueError(expected)
-    return number
-
-
 def _check_groups(groups, weight, layout, transposed):
-    groups, size = _positive("groups", groups), dict(zip(layout, weight.shape, strict=True))
+    groups, size = check.count("groups", groups), dict(zip(layout, weight.shape, strict=True))
     if "M" in layout:
         if groups not in (1, size["I"]):
             raise ValueError(f"groups: expected 1 or the {size['I']} channels of {layout!r}, got {groups}")

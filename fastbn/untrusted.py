@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import uuid
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 
 LARGEST_SMALL = 1 << 28  # bytes that the contents of any file may grow to; those of a larger one to GROWTH times itself
@@ -42,24 +37,3 @@ def check_archive(archive: zipfile.ZipFile, most: int) -> None:
 def printable(text: str) -> str:
     """Return a text in which what would move a terminal's cursor, or turn its letters around, is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Give the name of a file to write beside `path`, which takes its place if all goes well, and is gone if not."""
-    path = os.fspath(path)
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder or "."):  # what writes the file might say anything
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    # No Path: pathlib interns a path's parts, which CPython 3.13t keeps for ever
-    temporary = os.path.join(folder, f".fastbn-{uuid.uuid4().hex}{os.path.splitext(path)[1]}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename == temporary:  # a user knows the other name
-            error.filename = path
-            del error.filename2
-        raise

@@ -433,7 +433,7 @@ def network_save_and_load(rng, size):
         assert other is None or np.array_equal(model.predict(x), other.predict(x))
         return other is not None
 
-    return Call(there_and_back, {"path": "model.npz"}, holds, state=model.state_dict, names=("embedded null byte",))
+    return Call(there_and_back, {"path": "model.npz"}, holds, state=model.state_dict)
 
 
 @operation

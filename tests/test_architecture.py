@@ -25,6 +25,7 @@ ROWS = [
     {"layer", "fold", "optim", "preprocessing", "config"},
     {"affine"},
     {"norm", "schedules"},
+    {"paths"},
     {"threads", "interrupts", "untrusted"},
     {"_core"},
     {"_version"},

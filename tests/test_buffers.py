@@ -108,6 +108,11 @@ array = layout.aligned_empty((10 << 20,), np.dtype("f4"))  # given back at exit,
     assert done.stderr == ""
 
 
+def test_an_empty_limit_is_none():
+    code = "from fastbn._core.buffers import LIMIT; print(LIMIT >> 20)"
+    assert run_python(code, FASTBN_BUFFERS="").stdout.split() == ["256"]
+
+
 def test_a_limit_that_is_no_number_is_named():
     done = run_python("import fastbn", FASTBN_BUFFERS="lots", check=False)
     assert "ValueError: FASTBN_BUFFERS: expected MiB, an integer, got 'lots'" in done.stderr

@@ -828,6 +828,7 @@ BAD = [
     ("float", "axis", 1.0, TypeError, "an integer, got 1.0"),
     ("string", "axis", "1", TypeError, "an integer, got '1'"),
     ("none", "axis", None, TypeError, "an integer, got None"),
+    ("bool", "axis", True, TypeError, "an integer, got True"),
     ("two", "axis", (1, 2), TypeError, r"an integer, got \(1, 2\)"),
     *(
         bad
@@ -851,6 +852,9 @@ BAD = [
     ("infinite", "eps", float("inf"), ValueError, ".*got inf"),
     ("string", "eps", "1e-5", TypeError, ".*got '1e-5'"),
     ("bool", "eps", True, TypeError, ".*got True"),
+    ("a bool in an array", "eps", np.array(True), TypeError, r".*got array\(True\)"),
+    ("a string in an array", "eps", np.array("0.5"), TypeError, r".*got array\('0.5'"),
+    ("bytes", "eps", bytearray(b"0.5"), TypeError, ".*got bytearray"),
     ("none", "eps", None, TypeError, ".*got None"),
     ("complex", "eps", 1j, TypeError, ".*got 1j"),
     ("list", "eps", [1e-5], TypeError, r".*got \[1e-05\]"),
@@ -898,7 +902,7 @@ def refusals():
             for value, error in (
                 (0, ValueError),
                 (-1, ValueError),
-                (True, ValueError),
+                (True, TypeError),
                 (2.5, TypeError),
                 ("2", TypeError),
             ):

@@ -118,6 +118,8 @@ def test_what_a_change_sets_off_may_look_at_the_layer():
 COUNTS = {
     "counted": (2**62, 0.1, ValueError), "negative": (-1, None, ValueError), "a float": (1.0, 0.1, TypeError),
     "enormous": (10**400, None, ValueError), "text": (1, "0.5", TypeError),
+    "more than all": (1, 1.5, ValueError), "less than none": (1, -0.1, ValueError),
+    "NaN": (1, float("nan"), ValueError),
 }  # fmt: skip
 
 

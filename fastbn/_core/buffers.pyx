@@ -21,7 +21,7 @@ def _limit(str text):
 
 
 FROM = 32 << 20  # bytes; the C library keeps smaller ones itself (glibc's largest threshold for mmap)
-LIMIT = _limit(os.environ.get("FASTBN_BUFFERS", "256"))  # bytes kept unused
+LIMIT = _limit(os.environ.get("FASTBN_BUFFERS") or "256")  # bytes kept unused
 
 cdef dict kept = {}  # by id, the last given back comes last
 

@@ -66,9 +66,12 @@ def array(name: str, value: Any) -> np.ndarray:
 
 
 cdef object index(object value):
-    if isinstance(value, np.bool_):  # NumPy before 2.3 lets it pass, with a warning
+    if isinstance(value, (bool, np.bool_)):
         raise TypeError
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except Exception as error:  # a user's __index__ may raise anything
+        raise TypeError from error
 
 
 def axis(value: Any, ndim: int) -> int:
@@ -193,20 +196,24 @@ def output(
     return out
 
 
+_NO_NUMBERS = (bool, np.bool_, str, bytes, bytearray, complex, np.complexfloating)  # that float() takes, or warns of
+
+
 def number(
     name: str, value: Any, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:
     """Return a finite real number in [low, high], or (low, high]."""
     if type(value) is float and low < value < high:
         return value
-    if isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating)) or getattr(value, "ndim", 0):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
-        x = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+        scalar = value[()] if isinstance(value, np.ndarray) else value
+        if isinstance(scalar, _NO_NUMBERS) or getattr(scalar, "ndim", 0):
+            raise TypeError
+        x = float(scalar)
     except OverflowError:
         raise ValueError(f"{name}: expected {expected}, got an integer beyond float64") from None
+    except Exception:  # a user's __float__ may raise anything
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
     if not (low < x if open_low else low <= x) or not x <= high or math.isinf(x):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return x
@@ -221,7 +228,7 @@ def count(name: str, value: Any, low: int | None = 1) -> int:
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
     if not _LEAST <= x <= _MOST:
         raise ValueError(f"{name}: expected an integer of 64 bits, got one of {x.bit_length()}")
-    if isinstance(value, bool) or (low is not None and x < low):
+    if low is not None and x < low:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return x
 

@@ -94,12 +94,12 @@ cdef list moved(object layer, tuple shape):
     try:
         tracked = operator.index(tracked) + 1
         weight = 1.0 / tracked if momentum is None else momentum * 1.0
-        if not 1 <= tracked <= MOST_COUNTED:
+        if not (1 <= tracked <= MOST_COUNTED and 0 <= weight <= 1):
             raise ValueError
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(
-            f"num_batches_tracked, momentum: expected an integer from 0 to 2⁶² and a number or None, got "
-            f"{layer.num_batches_tracked!r} and {momentum!r}"
+    except Exception as error:  # what a user has put there may raise anything
+        raise (ValueError if isinstance(error, (ArithmeticError, ValueError)) else TypeError)(
+            f"num_batches_tracked, momentum: expected an integer of 0 or more, below 2⁶², and a number from 0 to 1 "
+            f"or None, got {layer.num_batches_tracked!r} and {momentum!r}"
         ) from None
     return [running_mean, running_var, tracked, weight]
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
+from ..paths import check_path, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 
@@ -46,7 +47,7 @@ def load(path: str | os.PathLike[str]) -> State:
     ModuleNotFoundError
         safetensors, or PyTorch, is not installed.
     """
-    path = Path(path)
+    path = Path(check_path(path))
     match _suffix(path):
         case ".npz":
             return State(_load_npz(path))
@@ -75,9 +76,9 @@ def save(state: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
     ModuleNotFoundError
         safetensors, or PyTorch, is not installed.
     """
-    path = Path(path)
+    path = Path(check_path(path))
     write = {".npz": _save_npz, ".safetensors": _save_safetensors}.get(_suffix(path), _save_state_dict)
-    with replacing(path) as temporary:
+    with replacing(path) as [temporary]:
         try:
             write(state, temporary)
         except (ValueError, TypeError) as error:

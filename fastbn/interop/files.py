@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from .._version import __version__
+from ..paths import place
 from ..untrusted import printable
 from .report import Decision, ModelReport
 from .verify import Verification, verify
@@ -147,7 +148,7 @@ def _run(options: Namespace) -> int:
                 text = _as_json(job.source, job.target if moves else None, report, verification)
                 with _refusing(job.report):
                     (report_folder / job.report.name).write_text(text)
-                _place([*moves, (report_folder / job.report.name, job.report)])
+                _place([(report_folder / job.report.name, job.report), *moves])
     if moves:
         _say(f"written: {', '.join(str(file) for _, file in reversed(moves))}")
     return OK
@@ -287,35 +288,11 @@ def _save(job: _Job, model: Any, path: Path) -> list[Path]:
 
 
 def _place(moves: Iterable[tuple[Path, Path]]) -> None:
-    """Move files to their places, all of them or none that was not there before."""
-    moves, new = list(moves), list[Path]()
+    """Move files to their places, all of them or none."""
     try:
-        for temporary, file in moves:
-            with _refusing(file):
-                mode = temporary.parent / "mode"
-                mode.touch()  # what a new file's mode is
-                temporary.chmod(mode.stat().st_mode)
-                with open(temporary, "rb+") as written:
-                    os.fsync(written.fileno())
-                was_there = os.path.lexists(file)
-                os.replace(temporary, file)
-                if not was_there:
-                    new.append(file)
-        for folder in {file.parent for _, file in moves}:
-            _sync_folder(folder)
-    except BaseException:
-        for file in new:
-            file.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        place([(str(temporary), str(file)) for temporary, file in moves])
+    except OSError as error:
+        raise _Refused(f"{error.filename}: {error.strerror or error}") from error
 
 
 # What is said ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 
 import keras
 
-from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
+from ..paths import check_path, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
 
 CODE = ("Lambda", "__lambda__", "TFSMLayer", "TorchModuleWrapper")  # classes whose configs are programs, or name one
 
@@ -31,7 +32,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         Naming the file, in one line: it holds no model, is cut off, needs classes that Keras does not know, or holds
         what is not loaded: code, weights in other files, or far more of them than its size.
     """
-    path = os.fspath(path)
+    path = check_path(path)
     if not path.endswith((".keras", ".h5", ".hdf5")):
         raise ValueError(f"{path}: expected a .keras, .h5 or .hdf5 file")
     if not os.path.isfile(path):
@@ -49,10 +50,10 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Save a Keras model as a .keras file; ValueError for another suffix: the formats before it lose settings."""
-    path = os.fspath(path)
+    path = check_path(path)
     if not path.endswith(".keras"):
         raise ValueError(f"{path}: expected a name that ends in .keras, the format Keras models are written in")
-    with replacing(path) as temporary:
+    with replacing(path) as [temporary]:
         model.save(temporary)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
 
-from ..interrupts import interrupt_deferred
-from ..untrusted import GROWTH, LARGEST_SMALL, replacing
+from ..paths import check_path, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 SHARED = 4  # times the length of the files beside a model that its tensors may be in all: few are tied
@@ -30,7 +29,7 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
     OSError
         The file cannot be read.
     """
-    path = Path(path)
+    path = Path(check_path(path))
     model, left = _read(path), GROWTH * path.stat().st_size + LARGEST_SMALL
     files: set[Path] = set()
     for tensor in tensors(model):
@@ -53,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
 
 def external_files(path: str | os.PathLike[str]) -> list[Path]:
     """Return the files beside a model that hold its weights."""
-    path = Path(path)
+    path = Path(check_path(path))
     found = [_external(path, t)[0] for t in tensors(_read(path)) if t.data_location == TensorProto.EXTERNAL]
     return list(dict.fromkeys(found))
 
@@ -65,11 +64,11 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
         The name of a file beside `path` for the weights. Beyond 2 GB, where a model cannot hold them itself, None
         means `path`'s name with ".data" behind it; else None keeps them in the model.
     """
-    path = Path(path)
+    path = Path(check_path(path))
     if location is None and model.ByteSize() > LARGEST:
         location = f"{path.name}.data"
     if location is None:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with replacing(path) as [temporary], open(temporary, "wb") as file:
             file.write(model.SerializeToString())
         return [path]
     if Path(location).name != location or location in ("", "..", path.name):
@@ -77,10 +76,10 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     copy, data = ModelProto(), path.parent / location
     copy.CopyFrom(model)
     large = [t for t in tensors(copy) if t.data_type != TensorProto.STRING and t.ByteSize() > EMBEDDED]
-    # The data take their place first, then the model; no Ctrl-C between, or the old model would read the new data
-    with ExitStack() as held, replacing(path) as temporary, replacing(data) if large else nullcontext() as beside:
-        if beside is not None:
-            with open(beside, "wb") as file:
+    files = [data, path] if large else [path]  # in this order: no model has other data than its own
+    with replacing(*files) as [*beside, temporary]:
+        if large:
+            with open(beside[0], "wb") as file:
                 for tensor in large:
                     if not tensor.HasField("raw_data"):
                         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
@@ -89,8 +88,7 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
                     tensor.ClearField("raw_data")
         with open(temporary, "wb") as file:
             file.write(copy.SerializeToString())
-        held.enter_context(interrupt_deferred())
-    return [data, path] if large else [path]
+    return files
 
 
 def _read(path: Path) -> ModelProto:

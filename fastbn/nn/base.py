@@ -118,27 +118,14 @@ def as_array(value, name):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
 
 
-def positive_int(value, name):
-    """Return `value` as an int ≥ 1, or raise TypeError or ValueError with its `name`."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if not 1 <= number < 2**63:
-        raise ValueError(f"{name}: expected an int of at least 1, got {number}")
-    return number
-
-
 def make_rng(seed):
     """Return the Generator for `seed`: None, an int of at least 0, or a Generator, which is used as it is."""
     if seed is None or isinstance(seed, np.random.Generator):
         return np.random.default_rng(seed)
     expected = f"seed: expected None, an int of at least 0 or a numpy.random.Generator, got {seed!r}"
     try:  # NumPy takes sequences too, and overflows the C stack on a np.matrix
-        return np.random.default_rng(operator.index(None if isinstance(seed, np.bool_) else seed))
-    except TypeError:
-        raise TypeError(expected) from None
+        return np.random.default_rng(operator.index(None if isinstance(seed, (bool, np.bool_)) else seed))
     except ValueError:
         raise ValueError(expected) from None
+    except Exception:  # a user's __index__ may raise anything
+        raise TypeError(expected) from None

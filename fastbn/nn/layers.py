@@ -3,10 +3,11 @@
 import numpy as np
 
 from .. import layer, preprocessing
+from .._core import check
 from .._core.state import copies
 from ..norm import Moments, batch_norm_infer, batch_norm_train
 from ..preprocessing import as_matrix
-from .base import Layer, check_arrays, positive_int
+from .base import Layer, check_arrays
 
 
 class Dense(Layer):
@@ -50,7 +51,7 @@ class Dense(Layer):
     """
 
     def __init__(self, n_in, n_out, bias=True, *, dtype=np.float32):
-        self.n_in, self.n_out = positive_int(n_in, "n_in"), positive_int(n_out, "n_out")
+        self.n_in, self.n_out = check.count("n_in", n_in), check.count("n_out", n_out)
         if not isinstance(bias, (bool, np.bool_)):
             raise TypeError(f"bias: expected a bool, got {bias!r}")
         try:
@@ -149,7 +150,7 @@ class Dense(Layer):
 
     @classmethod
     def arrays_of(cls, config):
-        n_in, n_out = positive_int(config["n_in"], "n_in"), positive_int(config["n_out"], "n_out")
+        n_in, n_out = check.count("n_in", config["n_in"]), check.count("n_out", config["n_out"])
         arrays = {"weight": ((n_out, n_in), config["dtype"])}
         return arrays | ({"bias": ((n_out,), config["dtype"])} if config["bias"] else {})
 
@@ -197,7 +198,7 @@ class BatchNorm(layer.BatchNorm, Layer):
 
     @classmethod
     def arrays_of(cls, config):
-        n = positive_int(config["num_features"], "num_features")
+        n = check.count("num_features", config["num_features"])
         names = ["weight", "bias"] if config["affine"] else []
         names += ["running_mean", "running_var"] if config["track_running_stats"] else []
         counter = {"num_batches_tracked": ((), "int64")} if config["track_running_stats"] else {}
@@ -246,7 +247,7 @@ class Standardizer(preprocessing.Standardizer, Layer):
     def arrays_of(cls, config):
         if config["n_features"] is None:
             return {}
-        n = positive_int(config["n_features"], "n_features")
+        n = check.count("n_features", config["n_features"])
         return {"count": ((), "int64"), "mean": ((n,), "float64"), "m2": ((n,), "float64")}
 
     def state_dict(self):

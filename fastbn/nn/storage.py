@@ -14,7 +14,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ..interrupts import interrupt_deferred
-from ..untrusted import GROWTH, LARGEST_SMALL, check_archive, replacing
+from ..paths import check_path, replacing
+from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
 from .activations import ReLU, Sigmoid, Tanh
 from .layers import BatchNorm, Dense, Standardizer
 
@@ -26,16 +27,13 @@ LAYERS = {layer.__name__: layer for layer in (Dense, BatchNorm, Standardizer, Re
 
 def save(model, path):
     """Write `model`; `Sequential.save` is the documentation."""
-    path = check_path(path)
     layers = [{"type": type(layer).__name__, **layer.config()} for layer in model.layers]
     text = json.dumps({"format": FORMAT, "version": VERSION, "layers": layers})
-    with replacing(path) as temporary, open(temporary, "xb") as file:
-        with zipfile.ZipFile(file, "w") as archive:  # np.savez takes allow_pickle since NumPy 2.1 only
-            for name, array in {ARCHITECTURE: np.array(text), **model.state_dict()}.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    npy.write_array(member, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    # np.savez takes allow_pickle since NumPy 2.1 only
+    with replacing(path) as [temporary], zipfile.ZipFile(temporary, "x") as archive:
+        for name, array in {ARCHITECTURE: np.array(text), **model.state_dict()}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, array, allow_pickle=False)
 
 
 def read(path, build):
@@ -149,14 +147,3 @@ def load_state(layers, state, n_in=None):
     with interrupt_deferred():
         for layer, part in zip(layers, checked, strict=True):
             layer.load_state_dict(part)
-
-
-def check_path(path):
-    """Return `path` as `os` takes it, or raise TypeError."""
-    try:
-        path = os.fsdecode(path)
-    except TypeError:
-        raise TypeError(f"path: expected a str or os.PathLike, got {type(path).__name__}") from None
-    if "\0" in path:
-        raise ValueError(f"path: expected a name without an embedded null byte, got {path!r}")
-    return path

@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from .._core import check
 from ..interrupts import interrupt_deferred
 from ..preprocessing import as_matrix
 from .activations import Sigmoid
-from .base import make_rng, positive_int
+from .base import make_rng
 from .layers import BatchNorm, Standardizer
 from .losses import get_loss
 from .progress import Progress
@@ -13,7 +14,7 @@ from .progress import Progress
 
 def fit(model, x, y, *, loss, optimizer, epochs, batch_size, validation_data, progress, seed):
     """Train `model`; `Sequential.fit` is the documentation. Everything is checked before anything changes."""
-    epochs, batch_size = positive_int(epochs, "epochs"), positive_int(batch_size, "batch_size")
+    epochs, batch_size = check.count("epochs", epochs), check.count("batch_size", batch_size)
     if not isinstance(progress, (bool, np.bool_)):
         raise TypeError(f"progress: expected a bool, got {progress!r}")
     rng = model.rng if seed is None else make_rng(seed)

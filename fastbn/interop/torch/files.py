@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ...untrusted import check_archive, replacing
+from ...paths import check_path, replacing
+from ...untrusted import check_archive
 
 _CALLS = {  # the classes of formulas; none that computes a number too long to hold, as LShift and PowByNatural can
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "PythonMod", "ModularIndexing", "Max", "Min",
@@ -56,15 +57,16 @@ def load(path: str | os.PathLike[str]) -> ExportedProgram:
     OSError
         The file cannot be read.
     """
+    path = check_path(path)
     with open(path, "rb") as file:
         content = file.read()
     try:
-        _inspect(content, os.fspath(path))
+        _inspect(content, path)
         return torch.export.load(io.BytesIO(content))
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(f"{os.fspath(path)}: "):
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
-        raise ValueError(f"{os.fspath(path)}: expected an exported program (.pt2), got {_line(error)}") from error
+        raise ValueError(f"{path}: expected an exported program (.pt2), got {_line(error)}") from error
 
 
 def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -83,10 +85,10 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
-    if not os.fspath(path).endswith(".pt2"):
-        raise ValueError(f"path: expected a name that ends in .pt2, got {os.fspath(path)!r}")
-    with replacing(path) as temporary:
-        torch.export.save(program, temporary)
+    if not (path := check_path(path)).endswith(".pt2"):
+        raise ValueError(f"path: expected a name that ends in .pt2, got {path!r}")
+    with replacing(path) as [temporary], open(temporary, "wb") as file:  # a name would be in the file
+        torch.export.save(program, file)
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,8 +110,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     OSError
         The file cannot be read.
     """
-    name = os.fspath(path)
-    with open(path, "rb") as file:
+    name = check_path(path)
+    with open(name, "rb") as file:
         content = file.read()
     if content[:4] == b"PK\3\4":  # as PyTorch tells the two formats apart
         members = _members(content, f"{name}: expected a state dict")
@@ -136,8 +138,8 @@ def save_state_dict(state: dict[str, Any], path: str | os.PathLike[str]) -> None
     state : dict
     path : str or path
     """
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as [temporary], open(temporary, "wb") as file:  # a name would be in the file
+        torch.save(state, file)
 
 
 _ADVICE = "export the module with torch.export.export and torch.export.save it as .pt2"
