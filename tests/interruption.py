@@ -2,12 +2,12 @@
 
 import dis
 import gc
+import math
 import signal
 import sys
 import threading
 import time
-
-import pytest
+from contextlib import contextmanager
 
 # CPython looks for signals when a frame starts, after a call, and when it jumps back.
 STARTS = "CALL", "RESUME", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "JUMP_ABSOLUTE"
@@ -15,46 +15,83 @@ LOOKS = {code for name, code in dis.opmap.items() if name.startswith(STARTS) and
 
 
 def interrupt(call, number):
-    """Run `call` with Ctrl-C at the point of that number; return where it was, or None if the call ended before.
-
-    From 3.13 on a function's instructions are seen from its second call on: call it with a number of infinity first.
-    """
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        pytest.skip("CPython 3.13t loses sight of instructions once they have run without being traced")
+    """Run `call` with Ctrl-C at the point of that number; return where it was, or None if the call ended before."""
     where = None
+
+    def point(code, line):
+        nonlocal number, where
+        number -= 1
+        if number == 0:
+            where = f"{code.co_filename}:{line} ({code.co_name})"
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    gc.disable()  # its callbacks, such as Hypothesis's, swallow exceptions
+    try:
+        with (monitored if hasattr(sys, "monitoring") else traced)(point):
+            call()
+            number = math.inf
+    except KeyboardInterrupt:
+        return where
+    finally:
+        gc.enable()
+        signal.signal(signal.SIGINT, handler)
+    assert where is None, f"lost at {where}"
+    return None
+
+
+@contextmanager
+def monitored(point):
+    """Call `point` where this thread looks for signals: from CPython 3.12 on, whose settrace misses some (3.13)."""
+    thread, previous = threading.get_ident(), {}
+    monitoring, tool, events = sys.monitoring, sys.monitoring.DEBUGGER_ID, sys.monitoring.events
+
+    def starts(code, offset):
+        previous[id(sys._getframe(1))] = dis.opmap["RESUME"]
+
+    def at(code, offset):
+        frame = sys._getframe(1)
+        looks = threading.get_ident() == thread and previous.get(id(frame)) in LOOKS
+        previous[id(frame)] = code.co_code[offset]
+        if looks:
+            point(code, frame.f_lineno)
+
+    monitoring.use_tool_id(tool, "interrupt")
+    for event, function in ((events.PY_START, starts), (events.PY_RESUME, starts), (events.INSTRUCTION, at)):
+        monitoring.register_callback(tool, event, function)
+    try:
+        monitoring.set_events(tool, events.PY_START | events.PY_RESUME | events.INSTRUCTION)
+        yield
+    finally:
+        monitoring.set_events(tool, events.NO_EVENTS)
+        monitoring.free_tool_id(tool)
+
+
+@contextmanager
+def traced(point):
+    """Call `point` where this thread looks for signals."""
 
     def trace(frame, event, arg):
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         code, previous = frame.f_code.co_code, None
 
         def at(frame, event, arg):
-            nonlocal previous, number, where
+            nonlocal previous
             if event == "opcode":
-                if previous is None or previous in LOOKS:
-                    number -= 1
-                    if number == 0:
-                        where = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-                        signal.raise_signal(signal.SIGINT)
+                looks = previous is None or previous in LOOKS
                 previous = code[frame.f_lasti]
+                if looks:
+                    point(frame.f_code, frame.f_lineno)
             return at
 
         return at
 
-    sys._getframe().f_trace_opcodes = True  # or, in 3.12, no frame's are
     before = sys.gettrace()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
-    gc.disable()  # its callbacks, such as Hypothesis's, swallow exceptions
+    sys.settrace(trace)
     try:
-        sys.settrace(trace)
-        call()
-    except KeyboardInterrupt:
-        return where
+        yield
     finally:
         sys.settrace(before)
-        gc.enable()
-        signal.signal(signal.SIGINT, handler)
-    assert where is None, f"lost at {where}"
-    return None
 
 
 class CtrlC:

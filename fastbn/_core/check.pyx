@@ -254,7 +254,7 @@ def parameter_dtype(name: str, value: Any) -> np.dtype:
     """Return the dtype of parameters for data of a dtype: float32 at the least."""
     try:
         dtype = np.dtype("O" if value is None else value)  # NumPy takes None for float64
-    except TypeError:
+    except Exception:  # UnicodeEncodeError, of text that is none
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value!r}") from None
     if dtype.name not in _KERNELS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
