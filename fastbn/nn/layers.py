@@ -56,7 +56,7 @@ class Dense(Layer):
             raise TypeError(f"bias: expected a bool, got {bias!r}")
         try:
             self.dtype = np.dtype(dtype)
-        except TypeError:
+        except Exception:  # UnicodeEncodeError, of text that is none
             raise TypeError(f"dtype: expected float32 or float64, got {dtype!r}") from None
         if self.dtype not in (np.float32, np.float64):
             raise ValueError(f"dtype: expected float32 or float64, got {self.dtype}")
