@@ -90,7 +90,8 @@ def place(moves: Sequence[tuple[str, str]]) -> None:
             os.unlink(old)
     if hasattr(os, "O_DIRECTORY"):
         for folder in {os.path.dirname(file) or "." for _, file in moves}:
-            _sync(folder, os.O_DIRECTORY)
+            with suppress(OSError):  # all is in place; some file systems cannot
+                _sync(folder, os.O_DIRECTORY)
 
 
 @contextmanager
