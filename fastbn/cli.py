@@ -61,8 +61,8 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
         shape = tuple(int(size) for size in sizes.split(",") if sizes)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected integers behind the =, got {text}") from error
-    if any(size < 0 for size in shape):
-        raise argparse.ArgumentTypeError(f"expected sizes of 0 or more, got {text}")
+    if any(size < 1 for size in shape):
+        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, got {text}")
     return name, shape
 
 

@@ -21,9 +21,17 @@ def check_path(path: str | os.PathLike[str]) -> str:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise ValueError(f"path: expected text that the file system can encode, got {text!r}") from None
+        raise ValueError(f"path: expected text that the file system can encode, got {text!r:.80}") from None
     if "\0" in text:
-        raise ValueError(f"path: expected a name without an embedded null byte, got {text!r}")
+        raise ValueError(f"path: expected a name without an embedded null byte, got {text!r:.80}")
+    return text
+
+
+def check_file(path: str | os.PathLike[str]) -> str:
+    """Return :func:`check_path` of a file to read or replace; ValueError for what is no file, and may never end."""
+    text = check_path(path)
+    if os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text):
+        raise ValueError(f"path: expected a file, got a device, a pipe or a socket: {text!r}")
     return text
 
 
@@ -35,13 +43,11 @@ def replacing(*paths: str | os.PathLike[str]) -> Iterator[list[str]]:
     """
     # No Path: pathlib interns a path's parts, which CPython 3.13t keeps for ever
     named = {}
-    for path in map(check_path, paths):
+    for path in map(check_file, paths):
         if not os.path.isdir(os.path.dirname(path) or "."):  # what writes the file might say anything
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"path: expected the name of a file, got a device, a pipe or a socket: {path!r}")
         named[_beside(path)] = path
     try:
         yield list(named)

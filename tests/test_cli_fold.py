@@ -843,6 +843,9 @@ class TestOnnx:
     def test_shapes_given(self, onnx, capsys):
         fold(onnx_file(onnx), "--dry-run", "--verify", "--threads", "1", "--shape", "x=1,3,9,7")
         assert "(x float32 [1, 3, 9, 7])" in capsys.readouterr().out
+        with pytest.raises(SystemExit):  # nothing would be compared
+            fold("in.onnx", "--dry-run", "--verify", "--shape", "x=0,3,9,7")
+        assert "--shape: expected sizes of 1 or more, got x=0,3,9,7" in capsys.readouterr().err
         error = refused(capsys, "in.onnx", "--dry-run", "--verify", "--shape", "q=1")
         assert "--shape: expected the name of an input (x), got 'q'" in error
         error = refused(capsys, "in.onnx", "--dry-run", "--verify", "--threads", "1", "--shape", "x=1,4,9,7")

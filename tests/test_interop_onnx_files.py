@@ -174,7 +174,8 @@ def test_no_path_leads_out_of_the_folder(model, tmp_path, location, read):
     data = external(model, folder / "model.onnx", location)
     for place in (tmp_path, folder):
         (place / "weights.bin").write_bytes(data)
-    place = f"model.onnx: initializer 'w': expected external data in the model's folder, got location {location!r}"
+    expected = "expected external data in the model's folder, and no link that leads out of it"
+    place = f"model.onnx: initializer 'w': {expected}, got location {location!r}"
     with pytest.raises(ValueError, match=re.escape(place)):
         read(folder / "model.onnx")
 

@@ -6,8 +6,10 @@ import stat
 
 import numpy as np
 import pytest
+from interpreter import run_python
 
 from fastbn import nn
+from fastbn.cli import main
 from fastbn.paths import check_path, replacing
 
 
@@ -157,7 +159,7 @@ def test_places_that_no_file_can_take():
         assert caught.value.filename == path
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe")
-        with pytest.raises(ValueError, match="path: expected the name of a file, got a device"), replacing("pipe"):
+        with pytest.raises(ValueError, match="path: expected a file, got a device"), replacing("pipe"):
             pytest.fail("the block has begun")
     assert names() == ["folder", *(["pipe"] if hasattr(os, "mkfifo") else [])]
 
@@ -231,3 +233,55 @@ def test_an_onnx_model_that_cannot_be_written_keeps_its_weights(monkeypatch):
             interop.save(model(2.0), "model.onnx", location="weights")
     assert onnx.numpy_helper.to_array(interop.load("model.onnx").graph.initializer[0])[0] == 1.0
     assert names() == ["model.onnx", "weights"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, n, first in FUNCTIONS if not first])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".keras"])
+def test_nothing_waits_for_a_pipe(module, name, suffix):
+    function = getattr(pytest.importorskip(module, exc_type=ModuleNotFoundError), name)
+    os.mkfifo(f"pipe{suffix}")
+    with pytest.raises((ValueError, FileNotFoundError), match="pipe|suffix|expected a file"):
+        function(f"pipe{suffix}")
+
+
+def test_bfloat16_needs_no_import_of_the_callers():
+    code = """
+import fastbn
+print(fastbn.BatchNorm(2, dtype="bfloat16").running_mean.dtype)
+"""
+    assert run_python(code).stdout.split() == ["float32"]
+    pytest.importorskip("safetensors")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    from fastbn.interop import arrays
+
+    path = os.path.abspath("half.safetensors")
+    arrays.save({"w": np.ones((2, 3), ml_dtypes.bfloat16)}, path)
+    code = f"from fastbn.interop import arrays; print(arrays.load({path!r})['w'].dtype)"
+    assert run_python(code).stdout.split() == ["bfloat16"]
+
+
+def test_a_full_disk_and_a_file_that_may_not_be_read_are_oserrors(monkeypatch):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from fastbn.interop import arrays
+
+    def full(*args, **kwargs):
+        raise safetensors_error("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    safetensors_error = pytest.importorskip("safetensors").SafetensorError
+    monkeypatch.setattr(safetensors, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        arrays.save({"w": np.ones(3)}, "a.safetensors")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "a.safetensors")
+
+
+def test_a_model_of_nn_is_not_folded_as_arrays():
+    """Which would take another eps for its own, and leave a description of layers that are gone."""
+    from fastbn.interop import arrays
+
+    model = nn.Sequential(nn.Dense(2, 3, bias=False), nn.BatchNorm(3, eps=0.5), seed=0)
+    model.save("model.npz")
+    with pytest.raises(ValueError, match=r"^state: expected no model of fastbn.nn.*nn.load\(path\).fold\(\).save"):
+        arrays.fold(arrays.load("model.npz"))
+    assert main(["fold", "model.npz", "folded.npz"]) == 2
+    assert names() == ["model.npz"]

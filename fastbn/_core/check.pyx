@@ -252,12 +252,14 @@ def flag(name: str, value: Any) -> bool:
 
 def parameter_dtype(name: str, value: Any) -> np.dtype:
     """Return the dtype of parameters for data of a dtype: float32 at the least."""
+    if isinstance(value, str) and value == "bfloat16":  # NumPy knows it where ml_dtypes is imported
+        return FLOAT32
     try:
-        dtype = np.dtype("O" if value is None else value)  # NumPy takes None for float64
+        dtype = np.dtype(value)
+        if value is None or dtype.name not in _KERNELS:  # NumPy takes None for float64
+            raise TypeError
     except Exception:  # UnicodeEncodeError, of text that is none
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value!r}") from None
-    if dtype.name not in _KERNELS:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
     return real(dtype)
 
 

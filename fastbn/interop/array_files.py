@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from ..paths import check_path, replacing
+from ..paths import check_file, check_path, replacing
 from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
@@ -47,7 +48,7 @@ def load(path: str | os.PathLike[str]) -> State:
     ModuleNotFoundError
         safetensors, or PyTorch, is not installed.
     """
-    path = Path(check_path(path))
+    path = Path(check_file(path))
     match _suffix(path):
         case ".npz":
             return State(_load_npz(path))
@@ -142,6 +143,7 @@ def _save_npz(state: Mapping[str, np.ndarray], path: str) -> None:
 
 def _safetensors() -> Any:
     try:
+        import ml_dtypes  # noqa: F401  or NumPy does not know bfloat16
         import safetensors
         import safetensors.numpy
     except ModuleNotFoundError as error:
@@ -153,6 +155,8 @@ def _safetensors() -> Any:
 
 def _load_safetensors(path: Path) -> State:
     safetensors, state = _safetensors(), State()
+    with open(path, "rb"):  # it would call a file missing that may not be read
+        pass
     try:
         with safetensors.safe_open(path, framework="np") as file:
             state.metadata = file.metadata()
@@ -175,6 +179,8 @@ def _save_safetensors(state: Mapping[str, np.ndarray], path: str) -> None:
     try:
         safetensors.numpy.save_file(rows, path, metadata=None if metadata is None else dict(metadata))
     except safetensors.SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), path) from error
         raise ValueError(str(error)) from error
 
 

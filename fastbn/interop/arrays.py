@@ -405,7 +405,7 @@ def fold(
     ------
     ValueError
         A name is unknown, channels do not fit the pair given, `eps` is missing, a BatchNorm's parameters are not
-        finite, or var + eps is not positive.
+        finite, or var + eps is not positive; or it is a model saved by `fastbn.nn`.
     TypeError
         `state` holds something else than names and arrays.
 
@@ -418,6 +418,8 @@ def fold(
     >>> state
     {'fc.weight': array([[1.]]), 'fc.bias': array([-1.5])}
     """
+    if '"fastbn.nn"' in str(state.get("architecture", "")):
+        raise ValueError("state: expected no model of fastbn.nn, which folds itself: nn.load(path).fold().save(other)")
     plan = _plan(state, pairs, before, eps, transposed, layouts, unpadded)
     decisions = [_decision(plan, norm, eps) for norm in plan.names.norms]
     gone = {key for d in decisions if d.action == FOLDED for key in plan.names.norms[d.node].keys.values()}

@@ -177,8 +177,9 @@ def _job(options: Namespace) -> _Job:
             job.check_place(_external(target))
     if report is not None:
         job.check_place(report)
-        if target is not None:
-            _check_place(report, [target, _external(target)])
+        for other in () if target is None else (target, _external(target)):
+            if _same(report, other):
+                raise _Refused(f"{report}: expected another file than {other}, where the model goes")
     return job
 
 

@@ -37,6 +37,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: expected a .keras, .h5 or .hdf5 file")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: expected a file, found none")
+    with open(path, "rb"):  # Keras and h5py would not say that it may not be read
+        pass
     try:
         if path.endswith(".keras"):
             _inspect_archive(path)

@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
 
-from ..paths import check_path, replacing
+from ..paths import check_file, check_path, replacing
 from ..untrusted import GROWTH, LARGEST_SMALL
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
@@ -29,7 +29,7 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
     OSError
         The file cannot be read.
     """
-    path = Path(check_path(path))
+    path = Path(check_file(path))
     model, left = _read(path), GROWTH * path.stat().st_size + LARGEST_SMALL
     files: set[Path] = set()
     for tensor in tensors(model):
@@ -52,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> ModelProto:
 
 def external_files(path: str | os.PathLike[str]) -> list[Path]:
     """Return the files beside a model that hold its weights."""
-    path = Path(check_path(path))
+    path = Path(check_file(path))
     found = [_external(path, t)[0] for t in tensors(_read(path)) if t.data_location == TensorProto.EXTERNAL]
     return list(dict.fromkeys(found))
 
@@ -61,8 +61,8 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     """Write a model; return the files written, the model's own the last.
 
     location : str or None
-        The name of a file beside `path` for the weights. Beyond 2 GB, where a model cannot hold them itself, None
-        means `path`'s name with ".data" behind it; else None keeps them in the model.
+        The name of a file beside `path` for the weights of more than 1 kB. Beyond 2 GB, where a model cannot hold them
+        itself, None means `path`'s name with ".data" behind it; else None keeps them in the model.
     """
     path = Path(check_path(path))
     if location is None and model.ByteSize() > LARGEST:
@@ -71,7 +71,9 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
         with replacing(path) as [temporary], open(temporary, "wb") as file:
             file.write(model.SerializeToString())
         return [path]
-    if Path(location).name != location or location in ("", "..", path.name):
+    if not isinstance(location, str):
+        raise TypeError(f"location: expected the name of a file, got {type(location).__name__}")
+    if Path(location).name != location or location in ("", "..", path.name) or "\0" in location:
         raise ValueError(f"location: expected the name of a file in the same folder, got {location!r}")
     copy, data = ModelProto(), path.parent / location
     copy.CopyFrom(model)
@@ -117,7 +119,8 @@ def _external(path: Path, tensor: TensorProto) -> tuple[Path, int]:
     except (OSError, RuntimeError, TypeError, ValueError):  # too long, links in circles, no text, a NUL
         outside = True
     if outside:
-        raise ValueError(f"{name}: expected external data in the model's folder, got location {location!r}")
+        expected = "expected external data in the model's folder, and no link that leads out of it"
+        raise ValueError(f"{name}: {expected}, got location {location!r}")
     if missing:
         raise ValueError(f"{name}: expected its data in {location!r}, got no such file")
     size = file.stat().st_size

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ..interrupts import interrupt_deferred
-from ..paths import check_path, replacing
+from ..paths import check_file, replacing
 from ..untrusted import GROWTH, LARGEST_SMALL, check_archive
 from .activations import ReLU, Sigmoid, Tanh
 from .layers import BatchNorm, Dense, Standardizer
@@ -38,7 +38,7 @@ def save(model, path):
 
 def read(path, build):
     """Return `build(*layers)` with the layers in the file at `path`; `nn.load` is the documentation."""
-    path = check_path(path)
+    path = check_file(path)
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:

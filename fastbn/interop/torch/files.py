@@ -14,13 +14,13 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from ...paths import check_path, replacing
+from ...paths import check_file, check_path, replacing
 from ...untrusted import check_archive
 
 _CALLS = {  # the classes of formulas; none that computes a number too long to hold, as LShift and PowByNatural can
@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> ExportedProgram:
     OSError
         The file cannot be read.
     """
-    path = check_path(path)
+    path = check_file(path)
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -87,8 +87,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
     if not (path := check_path(path)).endswith(".pt2"):
         raise ValueError(f"path: expected a name that ends in .pt2, got {path!r}")
-    with replacing(path) as [temporary], open(temporary, "wb") as file:  # a name would be in the file
-        torch.export.save(program, file)
+    _write(path, lambda file: torch.export.save(program, file))
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     OSError
         The file cannot be read.
     """
-    name = check_path(path)
+    name = check_file(path)
     with open(name, "rb") as file:
         content = file.read()
     if content[:4] == b"PK\3\4":  # as PyTorch tells the two formats apart
@@ -138,8 +137,14 @@ def save_state_dict(state: dict[str, Any], path: str | os.PathLike[str]) -> None
     state : dict
     path : str or path
     """
-    with replacing(path) as [temporary], open(temporary, "wb") as file:  # a name would be in the file
-        torch.save(state, file)
+    _write(path, lambda file: torch.save(state, file))
+
+
+def _write(path: str | os.PathLike[str], save: Callable[[io.BytesIO], None]) -> None:
+    """Write what `save` writes. By memory: PyTorch puts a file's name into it, and may abort where the disk is full."""
+    save(content := io.BytesIO())
+    with replacing(path) as [temporary], open(temporary, "wb") as file:
+        file.write(content.getbuffer())
 
 
 _ADVICE = "export the module with torch.export.export and torch.export.save it as .pt2"
