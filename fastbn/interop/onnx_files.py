@@ -78,7 +78,7 @@ def save(model: ModelProto, path: str | os.PathLike[str], *, location: str | Non
     copy, data = ModelProto(), path.parent / location
     copy.CopyFrom(model)
     large = [t for t in tensors(copy) if t.data_type != TensorProto.STRING and t.ByteSize() > EMBEDDED]
-    files = [data, path] if large else [path]  # in this order: no model has other data than its own
+    files = [data, path] if large else [path]  # the model's own last, as returned; all or none is moved
     with replacing(*files) as [*beside, temporary]:
         if large:
             with open(beside[0], "wb") as file:
